@@ -1,0 +1,45 @@
+"""minift: parameter-efficient fine-tuning of transformer language models, from scratch.
+
+The public names below are resolved on first use (PEP 562): `import minift` imports nothing, and
+`import minift.metrics` needs numpy alone.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_model": "minift.load",
+    "load_tokenizer": "minift.load",
+    "save_model": "minift.load",
+    "fetch": "minift.fetch",
+    "apply": "minift.methods",
+    "merge": "minift.methods",
+    "METHODS": "minift.methods",
+    "LoRA": "minift.methods.lora",
+    "Full": "minift.methods.full",
+    "Method": "minift.methods.base",
+    "Plan": "minift.methods.base",
+    "save_adapter": "minift.methods.files",
+    "load_adapter": "minift.methods.files",
+    "MODELS": "minift.models",
+    "generate": "minift.models.generate",
+    "train": "minift.training.loop",
+    "evaluate_loss": "minift.training.loop",
+    "TrainConfig": "minift.training.loop",
+    "Tokenizer": "minift.data.tokenizer",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'minift' has no attribute {name!r}; public names: {', '.join(_HOME)}")
+    home = import_module(_HOME[name])
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Rows from files, tokenizers and chat templates, padded batches."""

@@ -1,0 +1,117 @@
+"""Text to token ids and back, through the `tokenizers` library.
+
+From tokenizer.json and its neighbours, or from the vocabulary and merges inside a GGUF file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from minift.data.chat import render
+
+GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4      # token types of the GGUF specification
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    backend: Backend
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    """Every id that ends an answer; the first one is written after a training completion."""
+    pad_id: int
+    chat_template: str | None
+
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Ids of a text. Special tokens spelled out in it are recognised; `special_tokens` adds those that the
+        tokenizer puts around a text (BOS, or [CLS] and [SEP]), never a second BOS.
+        """
+        ids = self.backend.encode(text, add_special_tokens=special_tokens).ids
+        return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
+
+    def decode(self, ids, skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Text of [{"role": ..., "content": ...}, ...] under the checkpoint's own template."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; use template = 'none'")
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+        tokens = {name: self.backend.id_to_token(i) for name, i in names.items() if i is not None}
+        return render(self.chat_template, messages, add_generation_prompt, **tokens)
+
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of the rendered conversation; the template alone decides about BOS."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+
+def from_folder(folder: Path) -> Tokenizer:
+    """tokenizer.json; special tokens and template from tokenizer_config.json, chat_template.jinja, config.json."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; save the tokenizer in its fast form (tokenizer.json) beside the model")
+    try:
+        backend = Backend.from_file(str(path))
+    except BaseException as error:      # the library's panics do not derive from Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    settings = {name: _json(folder / name) for name in
+                ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")}
+    ids = {role: _special_ids(backend, settings, role) for role in ("bos", "eos", "pad")}
+    template = settings["tokenizer_config.json"].get("chat_template")
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return _build(backend, ids["bos"], ids["eos"], ids["pad"], template)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _special_ids(backend: Backend, settings: dict[str, dict], role: str) -> tuple[int, ...]:
+    """All ids that any of the files gives a role, in the order of the files."""
+    found = []
+    for values in settings.values():
+        token, ids = values.get(f"{role}_token"), values.get(f"{role}_token_id")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            found.append(backend.token_to_id(token))
+        found += ids if isinstance(ids, list) else [ids]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def from_gguf(metadata: dict) -> Tokenizer:
+    """Byte-level BPE from `tokenizer.ggml.*`; the two pre-tokenizers below are known."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": [], "default": []}
+    if kind != "gpt2" or pre not in splits:
+        raise ValueError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; supported: 'gpt2' "
+                         f"with {', '.join(map(repr, splits))}; give a folder with tokenizer.json instead")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits[pre], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False)
+                        for t, kind in zip(tokens, types, strict=True) if kind == GGUF_USER_DEFINED])
+    ids = {role: (metadata[key],) if (key := f"tokenizer.ggml.{name}_token_id") in metadata else ()
+           for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    return _build(backend, ids["bos"], ids["eos"], ids["pad"], metadata.get("tokenizer.chat_template"))
+
+
+def _build(backend, bos, eos, pad, template) -> Tokenizer:
+    pad_id = (pad or eos or (0,))[0]        # padding is masked, so any id serves where none is named
+    return Tokenizer(backend, bos[0] if bos else None, eos, pad_id, template)

@@ -1,0 +1,67 @@
+"""Models and tokenizers from an alias, a Hugging Face folder or a GGUF file; and back to a folder."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from minift.data import tokenizer as tokenizers
+from minift.fetch import ALIASES, cached
+from minift.models import MODELS, weights
+from minift.models.gguf_file import read_gguf
+from minift.models.interface import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(source: str | Path) -> Path:
+    """The folder or .gguf file that a source names; an alias must have been fetched."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if str(source) in ALIASES:
+        return cached(str(source))
+    raise ValueError(f"no model at {source!r}: give a folder with config.json and *.safetensors, a .gguf file, "
+                     f"or one of {', '.join(ALIASES)}")
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{path} is neither a folder nor a .gguf file")
+    return path.is_file()
+
+
+def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
+    """Build on the meta device, fill tensor by tensor. `dtype` is storage and compute: float32, bfloat16, float16.
+
+    Peak private memory: the model's bytes and one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    path = locate(source)
+    with ExitStack() as files:
+        config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
+        names = config.get("architectures") or []
+        if not names or names[0] not in MODELS:
+            raise ValueError(f"{path}: architecture {names[0] if names else None!r} is not supported; "
+                             f"supported: {', '.join(MODELS)}")
+        model_class, config_class = MODELS[names[0]]
+        with torch.device("meta"):
+            model = model_class(config_class.from_hf(config))
+        weights.fill(model, tensors, DTYPES[dtype], device)
+    model.source = str(source)
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:
+    """From tokenizer.json and its neighbours in a folder, or from the vocabulary inside a GGUF file."""
+    path = locate(source)
+    return tokenizers.from_gguf(read_gguf(path)[0]) if _is_gguf(path) else tokenizers.from_folder(path)
+
+
+def save_model(model: LanguageModel, folder: str | Path) -> None:
+    """A Hugging Face folder: config.json and model.safetensors; adapters must have been merged."""
+    if model.adapters:
+        raise ValueError(f"adapters {sorted(model.adapters)} are still wrapped around the model: "
+                         "minift.merge(model) first, or minift.save_adapter them")
+    weights.write_folder(folder, model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype)

@@ -1,0 +1,141 @@
+"""The contract between methods and everything else: Method, Plan, and the adapters of a model.
+
+A method is a frozen dataclass whose fields are all its hyperparameters. It plans on any model, also on the
+meta device, and the plan says every layer it will touch before anything is touched.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from minift.models.interface import LanguageModel
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row of a plan: what is adapted, by which rule, and what that adds."""
+
+    path: str                 # module path, without wrappers
+    rule: str
+    shape: tuple[int, ...]    # of the adapted weight, (out, in)
+    parameters: int           # trainable, by the method's formula for this site
+    dtype: str = "float32"    # of the trainable parameters
+    r: int | None = None
+    scaling: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method will train. Printing it gives the table and the line of totals."""
+
+    method: "Method"
+    sites: tuple[Site, ...]
+    base_parameters: int      # of the model before the method, a tied weight counted once
+    added: bool               # whether the method's parameters come on top of the base's
+
+    @property
+    def trainable(self) -> int:
+        return self.method.count(self)
+
+    @property
+    def total(self) -> int:
+        return self.base_parameters + (self.trainable if self.added else 0)
+
+    def totals(self) -> str:
+        share = 100 * self.trainable / self.total
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+
+    def table(self, every_layer: bool = True) -> str:
+        """module, rule, r, scaling, dtype, parameters; equal rows of a run of blocks as one, or each alone."""
+        rows = [("module", "rule", "r", "scaling", "dtype", "parameters")]
+        for path, sites in (_each(self.sites) if every_layer else _grouped(self.sites)):
+            s = sites[0]
+            rows.append((path, s.rule, "-" if s.r is None else str(s.r),
+                         "-" if s.scaling is None else f"{s.scaling:g}", s.dtype, f"{sum(x.parameters for x in sites):,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
+                           for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        return "\n".join(lines)
+
+    def __str__(self):
+        return f"{self.table(every_layer=False)}\n{self.totals()}"
+
+
+def _each(sites):
+    return [(s.path, [s]) for s in sites]
+
+
+def _grouped(sites):
+    """Sites that differ in one number of their path and nothing else, under that path with {first-last}."""
+    groups = {}
+    for s in sites:
+        parts = s.path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        number = None if at is None else int(parts[at])
+        shape = (*parts[:at], "", *parts[at + 1:]) if at is not None else tuple(parts)
+        groups.setdefault((shape, at, s.rule, s.shape, s.r, s.scaling, s.dtype), []).append((number, s))
+    named = []
+    for (shape, at, *_), members in groups.items():
+        numbers = [number for number, _ in members]
+        if at is None:
+            path = ".".join(shape)
+        elif numbers == list(range(numbers[0], numbers[-1] + 1)):
+            span = str(numbers[0]) if len(numbers) == 1 else f"{{{numbers[0]}-{numbers[-1]}}}"
+            path = ".".join((*shape[:at], span, *shape[at + 1:]))
+        else:
+            path = ".".join((*shape[:at], "{" + ",".join(map(str, numbers)) + "}", *shape[at + 1:]))
+        named.append((path, [s for _, s in members]))
+    return named
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune. Subclasses add their hyperparameters as fields and fill in plan, inject and count."""
+
+    name = ""                          # the key in METHODS
+    identity_at_init = "bitwise"       # or "bound" (within rounding), or "none"
+
+    def refuses(self, model: LanguageModel) -> str | None:
+        """Why the method cannot run on this model, or None."""
+        return None
+
+    def plan(self, model: LanguageModel) -> Plan:
+        """Sites and shapes; pure, and works on the meta device."""
+        raise NotImplementedError
+
+    def inject(self, model: LanguageModel, plan: Plan, name: str, seed: int) -> None:
+        """Rewire a frozen model in place."""
+        raise NotImplementedError
+
+    def count(self, plan: Plan) -> int:
+        """Trainable parameters by the paper's formula, never read off tensors."""
+        raise NotImplementedError
+
+    def merge(self, model: LanguageModel, name: str) -> dict[str, float]:
+        """Fold the adapter into the base weights; path -> largest rounding error of a weight."""
+        raise ValueError(f"{self.name} cannot be merged into the base weights")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A resident adapter: `model.adapters[name]`."""
+
+    method: Method
+    plan: Plan
+    modules: dict = field(default_factory=dict, repr=False)     # path -> the wrapper at that site
+
+
+def parameter_count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter for everything that trains, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def generator(seed: int, path: str) -> torch.Generator:
+    """A random stream that depends on (seed, path) alone, not on the order in which layers are made."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,164 @@
+"""LoRA: a low-rank branch beside a frozen layer.
+
+    y = base(x) + scaling * B A dropout(x),   A (r, in), B (out, r)
+    scaling = alpha / r, or alpha / sqrt(r) with rslora
+
+A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero: the wrapped layer starts exactly as the
+base. Trainable: r * (in + out) for each layer. The branch computes in x's dtype from fp32 parameters.
+Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1 and its code (microsoft/LoRA); rsLoRA: Kalajdzievski
+2023, arXiv:2312.03732, definition 3.1.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from minift.methods.base import Method, Plan, Site, generator, parameter_count
+from minift.models.interface import LanguageModel, base_layers, dense_weight, replace_layer, set_weight
+from minift.models.targets import match
+
+
+class LowRank(torch.autograd.Function):
+    """y + scaling * x A^T B^T, keeping x, A, B and the thin product h = x A^T.
+
+        dB = scaling * dy^T h,   dh = scaling * dy B,   dA = dh^T x,   dx = dh A
+
+    x (..., in), y (..., out), A (r, in) and B (out, r) in their own dtype, rounded to x's for the products.
+    Where neighbours share their input (q, k and v), autograd keeps that one x for all of them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, A, B, scaling):
+        rows = x.reshape(-1, x.shape[-1])                                        # (n, in)
+        h = rows @ A.to(x.dtype).t()                                             # (n, r)
+        ctx.save_for_backward(x, A, B, h)
+        ctx.scaling = scaling
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(x.dtype).t(), alpha=scaling).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, A, B, h = ctx.saved_tensors
+        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling                            # (n, r)
+        need_x, _, need_A, need_B, _ = ctx.needs_input_grad
+        dx = (dh @ A.to(dy.dtype)).view(x.shape) if need_x else None
+        dA = (dh.t() @ rows).to(A.dtype) if need_A else None                     # (r, in)
+        dB = (dy_rows.t() @ h * ctx.scaling).to(B.dtype) if need_B else None     # (out, r)
+        return dx, dy, dA, dB, None
+
+
+class LoRALinear(nn.Module):
+    """One adapter on one layer. `base` is a linear layer of any kind, or another wrapper."""
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float, device=None):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.scaling, self.dropout = r, scaling, dropout
+        self.active = True
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.active:
+            return y
+        return LowRank.apply(F.dropout(x, self.dropout, self.training), y, self.lora_A, self.lora_B, self.scaling)
+
+    def delta(self) -> torch.Tensor:
+        """scaling * B A in the adapter's dtype, (out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    name: ClassVar[str] = "lora"
+    identity_at_init: ClassVar[str] = "bitwise"
+
+    r: int = 8
+    """Rank; at most the smaller side of each adapted layer."""
+    alpha: float = 16.0
+    """Numerator of the scaling."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the branch while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names, globs over whole paths, or "all-linear"."""
+    exclude_modules: tuple[str, ...] = ()
+    """Rules of the same form for layers to leave alone."""
+    layers_to_transform: tuple[str, ...] = ()
+    """Block numbers and ranges, as 3 or "8-15"; empty means every block."""
+
+    def __post_init__(self):
+        for rules in ("target_modules", "exclude_modules", "layers_to_transform"):
+            value = getattr(self, rules)
+            value = (value,) if isinstance(value, str | int) else value
+            object.__setattr__(self, rules, tuple(str(rule) for rule in value))
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}; the rank is a whole number of at least 1")
+        if not self.alpha > 0 or self.alpha == float("inf"):
+            raise ValueError(f"alpha is {self.alpha}; it must be positive and finite")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def plan(self, model: LanguageModel) -> Plan:
+        layers, sites = base_layers(model), []
+        rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform)
+        for path, rule in rules.items():
+            layer = layers[path]
+            tied = layer is model.head and model.head.weight is model.embed.weight
+            if tied:
+                raise ValueError(f"{path} is tied to the embedding, which a low-rank branch on one of the two would "
+                                 "untie; leave it out of target_modules")
+            if self.r > min(layer.in_features, layer.out_features):
+                raise ValueError(f"r is {self.r}, above the smaller side of {path} ({layer.out_features} x "
+                                 f"{layer.in_features}); a rank this high is no longer low, use at most "
+                                 f"{min(layer.in_features, layer.out_features)}")
+            sites.append(Site(path, rule, (layer.out_features, layer.in_features),
+                              self.r * (layer.in_features + layer.out_features), r=self.r, scaling=self.scaling))
+        return Plan(self, tuple(sites), parameter_count(model), added=True)
+
+    def inject(self, model, plan, name, seed):
+        layers = base_layers(model)
+        for site in plan.sites:
+            base = layers[site.path]
+            device = next(base.parameters()).device
+            layer = LoRALinear(base, self.r, self.scaling, self.dropout, device)
+            layer.train(base.training)
+            bound = layer.in_features**-0.5             # Kaiming-uniform with a = sqrt(5): sqrt(6 / ((1 + 5) in))
+            if device.type != "meta":
+                start = torch.empty(self.r, layer.in_features).uniform_(
+                    -bound, bound, generator=generator(seed, f"{name}:{site.path}"))
+                layer.lora_A.data.copy_(start)
+            replace_layer(model, site.path, layer)
+            model.adapters[name].modules[site.path] = layer
+
+    def count(self, plan):
+        return sum(self.r * (fan_in + fan_out) for fan_out, fan_in in (site.shape for site in plan.sites))
+
+    def merge(self, model, name):
+        """W + scaling * B A, in fp32, rounded once to W's dtype; checked whole before any weight changes."""
+        modules, merged, errors = model.adapters[name].modules, {}, {}
+        for path, layer in modules.items():
+            if isinstance(layer.base, LoRALinear) or model.get_submodule(path) is not layer:
+                raise ValueError(f"{path} carries several adapters; merge or remove the others first")
+            weight = dense_weight(layer.base)
+            exact = weight.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+            merged[path] = (weight.float() + layer.delta().float()).to(weight.dtype)
+            if not torch.isfinite(merged[path]).all():
+                raise ValueError(f"merging {name!r} into {path} gives non-finite weights; nothing was changed")
+            errors[path] = (merged[path].double() - exact).abs().max().item()
+        for path, layer in modules.items():
+            set_weight(layer.base, merged[path])
+            replace_layer(model, path, layer.base)
+        return errors

@@ -1,0 +1,127 @@
+"""What every model promises to methods, loading, training and generation.
+
+Dimensions, here and in every file of the package: B batch, T sequence, S keys, D model, H heads,
+KV key-value heads, hd head size, V vocabulary, N supervised positions.
+
+A base layer is anything with `in_features`, `out_features` and `forward(x)`: a linear layer or a wrapper
+that a method put around one. `dense_weight` and `set_weight` read and write its matrix.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+
+class LanguageModel(nn.Module):
+    """A decoder. Subclasses set `config`, name their parts, and implement `backbone`.
+
+    The module tree carries the names of the published checkpoints, so that weights load by name and an
+    adapter file's keys are the module paths. `adapters` maps the name of each resident adapter to it.
+    """
+
+    blocks_path = ""     # where the blocks stand in the module tree, as "model.layers"
+    ignored_keys = ()    # checkpoint keys that this family knows and does not use, as regular expressions
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.source = ""      # what load_model was asked for
+        self.adapters = {}
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.get_submodule(self.blocks_path)
+
+    @property
+    def embed(self) -> nn.Embedding:
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Module:
+        raise NotImplementedError
+
+    def tie_weights(self) -> None:
+        """Share what the config says is shared; called after parameters were replaced."""
+
+    def backbone(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):
+        """Hidden states (B, T, D) before the head.
+
+        input_ids (B, T), or inputs_embeds (B, T, D) in their place. attention_mask (B, S) is 1 on real
+        tokens, over the tokens in the cache and the new ones. position_ids (B, T) follow the mask by
+        default, so that left padding is right without being asked.
+        """
+        raise NotImplementedError
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):
+        """Logits (B, T, V); arguments as in `backbone`."""
+        hidden = self.backbone(input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        return self.head(hidden)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def block_index(self, path: str) -> int | None:
+        """The block that a module path lies in, or None outside the blocks."""
+        found = re.match(re.escape(self.blocks_path) + r"\.(\d+)\.", path)
+        return int(found.group(1)) if found else None
+
+
+def positions(attention_mask: torch.Tensor, T: int) -> torch.Tensor:
+    """Positions of the last T tokens, counted over real tokens: mask (B, S) -> (B, T) int64."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
+
+
+def attend(attention_mask: torch.Tensor | None, T: int) -> torch.Tensor | None:
+    """Who sees whom: mask (B, S) over cached and new tokens -> bool (B, 1, T, S), or None for plain causal.
+
+    Padding on the right needs no mask under causal attention, since no real token looks that way.
+    A padding token sees itself, so that no row of the softmax is empty.
+    """
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()
+    S = mask.shape[1]
+    if T == S and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return None
+    if T == 1 and bool(mask.all()):
+        return None
+    causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
+    itself = torch.eye(S, dtype=torch.bool, device=mask.device)[S - T:]
+    return (causal & mask[:, None, :] | itself)[:, None]                     # (B, 1, T, S)
+
+
+def is_base_layer(module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> outermost layer, the head included. A wrapper counts as the layer that it stands for."""
+    found, stack = {}, [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if is_base_layer(module):
+            found[path] = module
+        else:
+            children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+            stack.extend(reversed(children))
+    return found
+
+
+def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The matrix (out, in) of a linear layer."""
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{type(layer).__name__} has no dense weight; merge or remove what wraps it first")
+    return layer.weight
+
+
+def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Write the matrix (out, in) of a linear layer; the dtype stays the layer's."""
+    with torch.no_grad():
+        dense_weight(layer).copy_(weight)

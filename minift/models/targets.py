@@ -1,0 +1,76 @@
+"""Which layers a rule means.
+
+A rule is a name (`q_proj`, `self_attn.q_proj`, or a whole path: the path ends with it, at a dot), a glob over
+the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer but the head.
+"""
+
+import difflib
+from fnmatch import fnmatchcase
+
+from minift.models.interface import LanguageModel, base_layers
+
+ALL_LINEAR = "all-linear"
+
+
+def fits(path: str, rule: str) -> bool:
+    if any(c in rule for c in "*?["):
+        return fnmatchcase(path, rule)
+    return path == rule or path.endswith("." + rule)
+
+
+def match(model: LanguageModel, target_modules, exclude_modules=(), layers=()) -> dict[str, str]:
+    """Path -> the first rule that means it, in the model's order. A rule that matches nothing is an error.
+
+    `layers` holds block numbers and ranges, as 3 or "8-15"; empty means all, and layers outside the blocks.
+    """
+    paths = list(base_layers(model))
+    head = next(path for path in paths if model.get_submodule(path) is model.head)
+    if not target_modules:
+        raise ValueError(f"target_modules is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
+
+    def hits(rule):
+        return [p for p in paths if (p != head if rule == ALL_LINEAR else fits(p, rule))]
+
+    for field, rules in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        for rule in rules:
+            if not hits(rule):
+                raise ValueError(f"{field} {[rule]} match no linear layer; nearest: {nearest(rule, paths)}")
+    excluded = {path for rule in exclude_modules for path in hits(rule)}
+    wanted = parse_layers(layers, len(model.blocks))
+    found = {}
+    for path in paths:
+        rule = next((rule for rule in target_modules if path in hits(rule)), None)
+        if rule and path not in excluded and (wanted is None or model.block_index(path) in wanted):
+            found[path] = rule
+    for rule in target_modules:
+        if not any(path in found for path in hits(rule)):
+            raise ValueError(f"target_modules {[rule]} match only layers that exclude_modules "
+                             f"{list(exclude_modules)} or layers_to_transform {list(layers)} leave out")
+    return found
+
+
+def parse_layers(layers, blocks: int) -> set[int] | None:
+    """{numbers} from 3, "3" and "8-15" (both ends included), or None for no restriction."""
+    if not layers:
+        return None
+    wanted = set()
+    for item in layers:
+        first, dash, last = str(item).partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"layers_to_transform {item!r} is neither a block number nor a range such as '8-15'")
+        first, last = int(first), int(last) if dash else int(first)
+        if first > last or last >= blocks:
+            raise ValueError(f"layers_to_transform {item!r} is outside the blocks 0-{blocks - 1}")
+        wanted |= set(range(first, last + 1))
+    return wanted
+
+
+def nearest(rule: str, paths) -> list[str]:
+    """Names that look like a rule that matched nothing; all of them where none does."""
+    pool = sorted(_names(paths)) if "." not in rule else list(paths)
+    close = difflib.get_close_matches(rule, pool, n=3, cutoff=0.3)
+    return close or sorted(_names(paths))
+
+
+def _names(paths) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}

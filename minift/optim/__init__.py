@@ -1,0 +1,1 @@
+"""Learning rates; optimizers that torch does not have."""

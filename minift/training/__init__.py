@@ -1,0 +1,1 @@
+"""The objective, the loop, its checkpoints and its log."""

@@ -1,0 +1,81 @@
+"""Where a run stands, on disk: the trainable tensors, the optimizer's moments, the step.
+
+checkpoint-<step>/ holds state.safetensors and state.json. It is written beside its name, flushed and renamed,
+so it is complete or absent. Learning rate, data order and dropout are functions of (seed, step), so nothing
+else is needed to continue to the bit.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
+
+MOMENTS = ("exp_avg", "exp_avg_sq")      # of torch.optim.AdamW
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+
+def save_checkpoint(output: Path, step: int, parameters: dict, optimizer, config: dict, keep: int = 2) -> Path:
+    """Save after `step` finished steps and retire all but the newest `keep`."""
+    target = output / f"checkpoint-{step}"
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter:{name}"] = parameter
+        for moment in MOMENTS:
+            if moment in optimizer.state.get(parameter, {}):
+                tensors[f"{moment}:{name}"] = optimizer.state[parameter][moment]
+    work = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=output))
+    try:
+        write_safetensors(work / "state.safetensors", tensors, {"format": "pt"})
+        write_text(work / "state.json", json.dumps({"step": step, "config": config}, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> int:
+    """Restore in place what `save_checkpoint` wrote; returns the number of finished steps.
+
+    The configuration must be the one that the checkpoint was made with, field by field.
+    """
+    state = read_json(folder / "state.json", "")
+    changed = {key for key in state["config"].keys() | config.keys()
+               if state["config"].get(key) != json.loads(json.dumps(config.get(key)))}
+    if changed:
+        was = ", ".join(f"{key} = {state['config'].get(key)!r} (now {config.get(key)!r})" for key in sorted(changed))
+        raise ValueError(f"{folder} was made with {was}; resume with the same configuration, or start afresh "
+                         "with --overwrite")
+    with ExitStack() as files:
+        opened = open_safetensors(folder / "state.safetensors", files)
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    wanted = {f"{kind}:{name}" for name in parameters for kind in ("parameter", *(MOMENTS if state["step"] else ()))}
+    if wanted != tensors.keys():
+        raise ValueError(f"{folder} does not fit this model: {sorted(wanted ^ tensors.keys())[:3]} differ")
+    for name, parameter in parameters.items():
+        if tensors[f"parameter:{name}"].shape != parameter.shape:
+            raise ValueError(f"{folder}: {name} has shape {tuple(tensors[f'parameter:{name}'].shape)}, "
+                             f"the model's is {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter:{name}"])
+            if state["step"]:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state["step"])),
+                    **{moment: tensors[f"{moment}:{name}"].to(parameter.device) for moment in MOMENTS}}
+    return state["step"]

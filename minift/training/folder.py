@@ -1,0 +1,79 @@
+"""The folder of a run: made, guarded against overwriting another run, and what is kept in it."""
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+from minift.methods.files import save_adapter
+from minift.models.interface import LanguageModel
+from minift.models.weights import write_folder, write_text
+from minift.training.checkpoint import checkpoints
+from minift.training.log import read_log
+
+WRITTEN = ("config.json", "plan.txt", "log.jsonl", "metrics.json", "loss.png", "adapter_config.json",
+           "adapter_model.safetensors", "model/config.json", "model/model.safetensors")
+
+
+def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
+    """Make the folder writable and empty of other runs, or say why not. Overwriting removes what a run wrote."""
+    if overwrite and resume:
+        raise ValueError("give one of --overwrite and --resume, not both")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; give a folder")
+    if resume:
+        if (output / "metrics.json").exists():
+            raise ValueError(f"the run in {output} is complete; there is nothing to resume")
+        if not checkpoints(output):
+            raise ValueError(f"{output} holds no checkpoint to resume from")
+    elif output.exists() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"output {output} already holds files; give another folder, --overwrite to replace the "
+                         "run in it, or --resume to go on with it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / ".writable", "")
+        (output / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {output}: {error.strerror}") from None
+    if overwrite:
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
+        for folder in checkpoints(output):
+            shutil.rmtree(folder)
+    return output
+
+
+def save_trained(model: LanguageModel, output: Path) -> None:
+    """The adapter, or the whole model where everything trained."""
+    name = list(model.adapters)[-1]
+    if model.adapters[name].plan.added:
+        save_adapter(model, output, name)
+    else:
+        write_folder(output / "model", model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype)
+
+
+def keep_until(log: Path, step: int) -> None:
+    """Drop the log's records of steps that the checkpoint does not hold."""
+    write_text(log, "".join(json.dumps(r) + "\n" for r in read_log(log) if r["step"] <= step))
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Turn the first Ctrl-C into a flag that the loop reads after a whole step; the second one interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def on_interrupt(signum, frame):
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,271 @@
+"""Training, in one plain loop.
+
+    for each step: an effective batch of rows, cut into micro-batches; loss = sum of nats / its tokens;
+    backward; clip; AdamW at lr_at(step); log.
+
+The gradient is that of the mean over all supervised tokens of the effective batch, however it is cut.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minift.data.collate import collate, encode_row, epoch_order, micro_batches
+from minift.data.rows import check_row, read_rows
+from minift.data.tokenizer import Tokenizer
+from minift.methods.base import trainable
+from minift.metrics.language_model import perplexity
+from minift.models.interface import LanguageModel
+from minift.models.weights import write_text
+from minift.optim.schedule import SCHEDULES, lr_at
+from minift.reports.plots import plot_loss
+from minift.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from minift.training.folder import interruptible, keep_until, open_output, save_trained
+from minift.training.log import Log, peak_memory_mib, read_log
+from minift.training.objective import Objective
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    output: str = "out"
+    """Folder of the run; it must be empty or absent unless overwrite or resume is asked for."""
+    epochs: int = 1
+    """Passes over the rows."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 means after the epochs."""
+    batch_size: int = 8
+    """Rows of one optimizer step, the effective batch."""
+    micro_batch_size: int = 4
+    """Rows of one forward and backward; changes memory and speed, not the gradient."""
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    """cosine, linear or constant, after the warm-up."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this 2-norm; 0 means never."""
+    max_length: int = 1024
+    """Most tokens of a row; a longer row is an error."""
+    template: str = "none"
+    """none: prompt and completion as they stand; chat: as a user turn and its answer."""
+    seed: int = 0
+    """Data order and dropout."""
+    eval_every: int = 0
+    """Steps between evaluations of the validation rows; 0 means only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 means only when interrupted."""
+    log_every: int = 10
+    """Steps between printed lines where there is no terminal; log.jsonl gets every step."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"train.learning_rate is {self.learning_rate}; it must be positive and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"train.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}")
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or its gradient is not a number: no parameter was changed by that step."""
+
+
+def train(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None, *, valid=None,
+          overwrite: bool = False, resume: bool = False, quiet: bool = False) -> dict:
+    """Train what `minift.apply` made trainable; returns the run's metrics, which metrics.json holds too.
+
+    `data` and `valid` are JSONL files or lists of rows with prompt and completion. Writes config.json,
+    plan.txt, log.jsonl, the adapter (or, after full fine-tuning, the folder model/), metrics.json, loss.png.
+    """
+    config = config or TrainConfig()
+    parameters = trainable(model)
+    if not parameters:
+        raise ValueError("nothing is trainable; call minift.apply(model, method) first")
+    if config.max_length > model.config.max_position_embeddings:
+        raise ValueError(f"train.max_length {config.max_length} is above the model's context of "
+                         f"{model.config.max_position_embeddings} tokens")
+    examples = encode(tokenizer, data, config)
+    held_out = encode(tokenizer, valid, config) if valid is not None else []
+    output = open_output(Path(config.output), overwrite, resume)
+    recorded = _describe(model, data, valid, config)
+    write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
+    plan = list(model.adapters.values())[-1].plan
+    write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
+
+    optimizer = torch.optim.AdamW(list(parameters.values()), betas=(config.beta1, config.beta2),
+                                  weight_decay=config.weight_decay, fused=model.device.type in ("cpu", "cuda"))
+    run = Run(Objective(model), parameters, optimizer, examples, held_out, tokenizer.pad_id, config, output,
+              _resume_key(recorded, examples))
+    first = 0
+    if resume:
+        first = load_checkpoint(checkpoints(output)[-1], parameters, optimizer, run.key)
+        keep_until(output / "log.jsonl", first)
+    log = Log(output / "log.jsonl", first, run.total, config.log_every, quiet)
+    model.train()
+    try:
+        run.steps(first, log)
+    finally:
+        log.close()
+        model.eval()
+    save_trained(model, output)
+    return _summarize(run, log, output)
+
+
+@dataclass
+class Run:
+    """What the steps of one run share."""
+
+    objective: Objective
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    examples: list
+    held_out: list
+    pad_id: int
+    config: TrainConfig
+    output: Path
+    key: dict       # what a checkpoint must have been made with
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.examples) // self.config.batch_size)
+
+    @property
+    def total(self) -> int:
+        return self.config.max_steps or self.config.epochs * self.steps_per_epoch
+
+    def batch(self, step: int) -> list:
+        """The rows of a step: a function of (seed, step) alone."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.examples), self.config.seed, epoch)
+        return [self.examples[i] for i in order[within * self.config.batch_size:][:self.config.batch_size]]
+
+    def steps(self, first: int, log: Log) -> None:
+        """The loop. Stops before a step whose loss is not finite, and after the step in which Ctrl-C came."""
+        config = self.config
+        with interruptible() as interrupted:
+            for step in range(first, self.total):
+                torch.manual_seed(config.seed * 2**32 + step)                    # dropout of this step
+                batch = self.batch(step)
+                try:
+                    loss, norm = self.gradients(batch, step)
+                except NonFiniteLoss as error:
+                    raise NonFiniteLoss(self.stop(step, str(error))) from None
+                lr = lr_at(step, self.total, config.learning_rate, config.warmup_steps, config.schedule)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                done = step + 1
+                log.step(step, sum(map(len, batch)), self.objective.model.device,
+                         epoch=round(done / self.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt(self.stop(done, "interrupted"))
+                if self.held_out and config.eval_every and done % config.eval_every == 0 and done < self.total:
+                    log.write({"step": done, "eval_loss": self.evaluate()})
+                if config.save_every and done % config.save_every == 0 and done < self.total:
+                    save_checkpoint(self.output, done, self.parameters, self.optimizer, self.key)
+
+    def gradients(self, batch: list, step: int) -> tuple[float, float]:
+        """Accumulate the gradient of the mean loss over the batch's tokens, clip it; (loss, norm before clipping)."""
+        batch_tokens = sum(example.supervised for example in batch)
+        mean = 0.0
+        for part in micro_batches(batch, self.config.micro_batch_size):
+            loss_sum, _ = self.objective(collate(part, self.pad_id, self.objective.model.device))
+            loss = loss_sum / batch_tokens
+            if not torch.isfinite(loss):
+                raise NonFiniteLoss(f"the loss is {loss.item()} at step {step + 1}, in the rows {_where(part)}")
+            loss.backward()
+            mean += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm or math.inf)
+        if not torch.isfinite(norm):
+            bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteLoss(f"the gradient of {bad[0] if bad else 'all parameters together'} is not finite at "
+                                f"step {step + 1}, in the rows {_where(batch)}")
+        return mean, norm.item()
+
+    def evaluate(self) -> float:
+        """Mean nats per supervised token of the held-out rows."""
+        return _mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_size)
+
+    def stop(self, finished: int, reason: str) -> str:
+        """Save where the run stands; the sentence that says so."""
+        kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key)
+        save_trained(self.objective.model, self.output)
+        return (f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and {kept.name} "
+                "to go on from with --resume")
+
+
+def _describe(model, data, valid, config) -> dict:
+    """The resolved configuration, in the form that `minift train` reads."""
+    method = list(model.adapters.values())[-1].method
+    paths = {name: str(value) for name, value in (("data", data), ("valid", valid)) if isinstance(value, str | Path)}
+    return {"model": model.source, "dtype": str(model.embed.weight.dtype).removeprefix("torch."), **paths,
+            "method": {"name": method.name, **asdict(method)}, "train": asdict(config)}
+
+
+def _resume_key(recorded: dict, examples: list) -> dict:
+    """What must not change between the parts of a resumed run."""
+    free = ("output", "log_every", "save_every", "eval_every")
+    train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
+    method = {f"method.{name}": value for name, value in recorded["method"].items()}
+    digest = hashlib.sha256(json.dumps([e.ids for e in examples]).encode()).hexdigest()
+    return {"model": recorded["model"], "dtype": recorded["dtype"], "tokens_sha256": digest, **method, **train}
+
+
+def _summarize(run: Run, log: Log, output: Path) -> dict:
+    """metrics.json and loss.png."""
+    records = [r for r in read_log(output / "log.jsonl") if "loss" in r]
+    metrics = {"steps": run.total, "train_loss": records[-1]["loss"] if records else None,
+               "train_seconds": round(log.elapsed, 2), "tokens_per_second": round(log.tokens / max(log.elapsed, 1e-9), 1),
+               "peak_memory_mib": round(peak_memory_mib(run.objective.model.device))}
+    if run.held_out:
+        metrics["eval_loss"] = run.evaluate()
+        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"], 1)
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    plot_loss(records, output / "loss.png")
+    return metrics
+
+
+def encode(tokenizer: Tokenizer, data, config: TrainConfig) -> list:
+    """Examples from a JSONL file or a list of rows."""
+    rows = read_rows(data) if isinstance(data, str | Path) else [
+        check_row(row, f"row {i}") for i, row in enumerate(data)]
+    if not rows:
+        raise ValueError("the list of rows is empty; training needs at least one row")
+    return [encode_row(tokenizer, row, config.template, config.max_length) for row in rows]
+
+
+def _where(examples) -> str:
+    return ", ".join(example.where for example in examples)
+
+
+def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_size: int) -> float:
+    """Token-weighted mean over all examples, with dropout off."""
+    model, nats, tokens = objective.model, 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for part in micro_batches(examples, micro_batch_size):
+            loss_sum, n = objective(collate(part, pad_id, model.device))
+            nats, tokens = nats + loss_sum.item(), tokens + n
+    model.train(was_training)
+    return nats / tokens
+
+
+def evaluate_loss(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None) -> float:
+    """Mean nats per completion token (EOS included) of a JSONL file or list of rows; exp of it is the perplexity."""
+    config = config or TrainConfig()
+    return _mean_nats(Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_size)

@@ -1,0 +1,44 @@
+"""Packaging. kernels/ stands at the top of the repository and is installed as minift.kernels."""
+
+from setuptools import setup
+
+DEMO = ["gguf>=0.17", "matplotlib>=3.9"]
+
+setup(
+    name="minift",
+    version="0.1.0",
+    description="A from-scratch research framework for parameter-efficient fine-tuning",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "minift",
+        "minift.data",
+        "minift.kernels",
+        "minift.methods",
+        "minift.metrics",
+        "minift.models",
+        "minift.optim",
+        "minift.reports",
+        "minift.training",
+    ],
+    package_dir={"minift.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "numpy>=2.0",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "jinja2>=3.1.4",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "plots": ["matplotlib>=3.9"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "test": [*DEMO, "pytest>=8.3", "hypothesis>=6.120", "ruff>=0.9"],
+        "parity": ["transformers>=5.0", "peft>=0.18", "rouge-score>=0.1.2"],
+    },
+    entry_points={"console_scripts": ["minift = minift.cli:main"]},
+)
