@@ -38,19 +38,30 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    path = locate(source)
     with ExitStack() as files:
-        config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
-        names = config.get("architectures") or []
-        if not names or names[0] not in MODELS:
-            raise ValueError(f"{path}: architecture {names[0] if names else None!r} is not supported; "
-                             f"supported: {', '.join(MODELS)}")
-        model_class, config_class = MODELS[names[0]]
-        with torch.device("meta"):
-            model = model_class(config_class.from_hf(config))
+        model, tensors = _open(source, files)
         weights.fill(model, tensors, DTYPES[dtype], device)
-    model.source = str(source)
     return model.eval()
+
+
+def build_model(source: str | Path) -> LanguageModel:
+    """The model of a source on the meta device: all shapes, no weights."""
+    with ExitStack() as files:
+        return _open(source, files)[0]
+
+
+def _open(source, files: ExitStack):
+    """(model on the meta device, its tensors on disk)."""
+    path = locate(source)
+    config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
+    names = config.get("architectures") or [None]
+    if names[0] not in MODELS:
+        raise ValueError(f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}")
+    model_class, config_class = MODELS[names[0]]
+    with torch.device("meta"):
+        model = model_class(config_class.from_hf(config))
+    model.source = str(source)
+    return model, tensors
 
 
 def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:

@@ -106,7 +106,7 @@ def dequantize(tensor: GGUFTensor, rows) -> np.ndarray:
     """Some rows (a slice or indices) of a tensor as fp32, (rows, width)."""
     from gguf import GGMLQuantizationType, quants
     kind = GGMLQuantizationType(tensor.kind)
-    packed = np.ascontiguousarray(tensor.data[rows])
+    packed = np.array(tensor.data[rows])                                         # a copy: the file is mapped read-only
     if kind == GGMLQuantizationType.BF16:                                        # the upper half of an fp32
         return (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return quants.dequantize(packed, kind)

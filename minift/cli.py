@@ -1,0 +1,122 @@
+"""The command `minift`: parses and dispatches. Bad input is one sentence on stderr and exit status 2."""
+
+import argparse
+import os
+import sys
+
+import minift
+
+USAGE = """minift VERB ...
+
+  demo  [--quick] [--output DIR]         fine-tune SmolLM2 on functions and docstrings, before and after
+  fetch NAME                             get real weights into the cache folder: smollm2, minilm
+  train CONFIG.toml [--PATH VALUE ...]   fine-tune; --overwrite or --resume for a folder that holds a run
+  plan  CONFIG.toml [--PATH VALUE ...]   what that config would train, without loading weights
+  generate MODEL [--adapter DIR] TEXT    continue a text, or answer it with --chat
+
+settings are the config's own paths: --method lora --method.r 16 --train.epochs 2
+MINIFT_TRACEBACK=1 shows where an error came from"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    verbs = {"demo": demo, "fetch": fetch, "train": train, "plan": plan, "generate": generate}
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        print(minift.__version__)
+        return 0
+    try:
+        if argv[0] not in verbs:
+            raise ValueError(f"unknown verb {argv[0]!r}; known: {', '.join(verbs)}")
+        verbs[argv[0]](argv[1:])
+        return 0
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if os.environ.get("MINIFT_TRACEBACK"):
+            raise
+        sentence = str(error) or "interrupted; nothing was saved"
+        print(f"minift: {sentence}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; usage: {self.format_usage().removeprefix('usage: ').strip()}")
+
+
+def demo(argv):
+    parser = _Parser("minift demo")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and steps, under 90 seconds on 2 cores")
+    parser.add_argument("--output", default="", help="folder of the run; default: out/demo or out/demo-quick, replaced")
+    arguments = parser.parse_args(argv)
+    from minift.demo import run
+    run(arguments.quick, arguments.output)
+
+
+def fetch(argv):
+    parser = _Parser("minift fetch")
+    parser.add_argument("name")
+    from minift.fetch import fetch as get
+    get(parser.parse_args(argv).name)
+
+
+def _run_config(verb, argv):
+    parser = _Parser(f"minift {verb}", allow_abbrev=False)
+    parser.add_argument("config", help="a .toml file, or the config.json of a run")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    arguments, rest = parser.parse_known_args(argv)
+    from minift import config
+    tree = config.override(config.read_config(arguments.config), config.read_flags(rest))
+    return config.run_config(tree), arguments
+
+
+def train(argv):
+    config, arguments = _run_config("train", argv)
+    from minift.load import load_model, load_tokenizer
+    from minift.methods import apply
+    from minift.training.loop import train as run
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, config.device)
+    print(apply(model, config.method, seed=config.train.seed))
+    metrics = run(model, tokenizer, config.data, config.train, valid=config.valid or None,
+                  overwrite=arguments.overwrite, resume=arguments.resume)
+    print(", ".join(f"{name} {value}" for name, value in metrics.items()))
+    print(f"adapter, log and plot are in {config.train.output}")
+
+
+def plan(argv):
+    config, _ = _run_config("plan", argv)
+    from minift.load import build_model
+    print(config.method.plan(build_model(config.model)))
+
+
+def generate(argv):
+    parser = _Parser("minift generate")
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--adapter")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(argv)
+    from minift.data.collate import encode_prompt
+    from minift.load import load_model, load_tokenizer
+    from minift.methods.files import load_adapter
+    from minift.models.generate import generate as continue_
+    tokenizer, model = load_tokenizer(a.model), load_model(a.model, a.dtype)
+    if a.adapter:
+        load_adapter(model, a.adapter)
+    prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")
+    new = continue_(model, [prompt], a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
+                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=a.seed)
+    print(tokenizer.decode(new[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Configurations: TOML or JSON and command-line flags, into dataclasses, strictly.
+
+A default is written once, in its dataclass. Flags are the config's own paths: `--train.epochs 2`; `--method
+lora` names the method and `--method.r 16` sets its fields. A run's config.json reads back as a config.
+"""
+
+import difflib
+import json
+import tomllib
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from minift.methods import METHODS
+from minift.methods.base import Method
+from minift.methods.lora import LoRA
+from minift.training.loop import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run of `minift train`."""
+
+    data: str
+    """JSONL file of training rows with prompt and completion."""
+    model: str = "smollm2"
+    """Alias, Hugging Face folder or .gguf file."""
+    dtype: str = "bfloat16"
+    """Storage and compute of the base: float32, bfloat16 or float16. Trainable parameters are float32."""
+    device: str = "cpu"
+    valid: str = ""
+    """JSONL file of validation rows; empty means none."""
+    method: Method = field(default_factory=LoRA)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def read_config(path: str | Path) -> dict:
+    """The tables of a .toml or .json file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}, not a table of settings")
+    return tree
+
+
+def read_flags(words: list[str]) -> dict[str, str]:
+    """`--a.b value` and `--a.b=value` -> {"a.b": "value"}."""
+    flags, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"unexpected argument {word!r}; settings are given as --path value, as --train.epochs 2")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+            value = words.pop(0)
+        flags[name] = value
+    return flags
+
+
+def override(tree: dict, flags: dict[str, str]) -> dict:
+    """A copy of the tree with flags written over it; `--method lora` is `--method.name lora`."""
+    tree = json.loads(json.dumps(tree, default=str))
+    if isinstance(tree.get("method"), str):
+        tree["method"] = {"name": tree["method"]}
+    for path, value in flags.items():
+        *tables, name = ("method", "name") if path == "method" else path.split(".")
+        at = tree
+        for table in tables:
+            at = at.setdefault(table, {})
+            if not isinstance(at, dict):
+                raise ValueError(f"--{path}: {table} is a value, not a table")
+        if (path == "method" or path == "method.name") and at.get("name", value) != value:
+            at.clear()                  # another method has other fields
+        at[name] = value
+    return tree
+
+
+def run_config(tree: dict) -> RunConfig:
+    return build(RunConfig, override(tree, {}), "")
+
+
+def build(cls, values: dict, path: str):
+    """A dataclass from a table of plain values or texts; unknown keys and wrong types are errors with the path."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.rstrip('.')} is {values!r}, expected a table with {', '.join(_names(cls))}")
+    if cls is Method:
+        return _method(values, path)
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in _names(cls):
+            close = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.5)
+            hint = f"did you mean {path}{close[0]}?" if close else f"known: {', '.join(_names(cls))}"
+            raise ValueError(f"unknown setting {path}{key}; {hint}")
+    for f in fields(cls):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"setting {path}{f.name} is missing; give it in the config or as --{path}{f.name}")
+    return cls(**{key: _value(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _method(values: dict, path: str) -> Method:
+    values = dict(values)
+    name = values.pop("name", "lora")
+    if name not in METHODS:
+        raise ValueError(f"{path}name is {name!r}; known methods: {', '.join(METHODS)}")
+    return build(METHODS[name], values, path)
+
+
+def _names(cls) -> list[str]:
+    return ["name"] if cls is Method else [f.name for f in fields(cls)]
+
+
+def _value(hint, value, path: str):
+    """One value in its field's type; texts from flags are read as that type."""
+    if is_dataclass(hint):
+        return build(hint, value, path + ".")
+    if typing.get_origin(hint) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or any(isinstance(i, dict | list) for i in items):
+            raise ValueError(f"{path} is {value!r}, expected a list")
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            return hint(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{path} is {value!r}, expected {hint.__name__}")
+    return value
