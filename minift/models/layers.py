@@ -1,8 +1,8 @@
 """What more than one architecture uses: RMSNorm, rotary positions, the KV cache."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -17,24 +17,53 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return Normalize.apply(x, self.weight, self.eps)
+
+
+class Normalize(torch.autograd.Function):
+    """RMSNorm with its own backward, which keeps x and one number a row; fp32 inside (fp64 for fp64).
+
+        n = x * rstd,   g = dy * weight,   dx = rstd * (g - n * mean(g * n)),   dweight = sum over rows of dy * n
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))           # (B, T, 1)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        n = x * rstd
+        dweight = (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dweight, None
+        g = dy.to(n.dtype).mul_(weight) if dy.dtype != n.dtype else dy * weight
+        mean = (g * n).mean(dim=-1, keepdim=True)
+        return g.sub_(n.mul_(mean)).mul_(rstd).to(dy.dtype), dweight, None
 
 
 def rotary_tables(position_ids, head_dim: int, theta: float, dtype):
-    """cos and sin of position * theta^(-2i/hd): (B, T) -> two (B, 1, T, hd/2), computed in fp32.
+    """cos and signed sin of position * theta^(-2i/hd) for `rotate`: (B, T) -> two (B, 1, T, hd), made in fp32.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
-    device = position_ids.device
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * theta**-exponent           # (B, 1, T, hd/2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + hd/2}), the split-half layout: x (B, H, T, hd) -> the same shape."""
-    x1, x2 = x.chunk(2, dim=-1)                                                  # (B, H, T, hd/2)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """Rotate the pairs (x_i, x_{i + hd/2}), the split-half layout: x (B, H, T, hd) -> the same shape.
+
+        y_i = x_i cos - x_{i + hd/2} sin,   y_{i + hd/2} = x_{i + hd/2} cos + x_i sin
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
