@@ -37,10 +37,8 @@ class Size:
     train: TrainConfig
 
 
-FULL = Size(48, 480, TrainConfig(output="out/demo", template="chat", learning_rate=2e-3, warmup_steps=5, batch_size=8,
-                                 micro_batch_size=4))
-QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", template="chat", learning_rate=2e-3, warmup_steps=2,
-                                 batch_size=8, micro_batch_size=4))
+FULL = Size(48, 480, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_steps=5))
+QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", learning_rate=2e-3, warmup_steps=2))
 
 
 def run(quick: bool = False, output: str = "") -> dict:

@@ -8,6 +8,7 @@ import torch
 from minift.data.tokenizer import Tokenizer
 
 IGNORED = -100      # the label of a position without a loss
+MULTIPLE = 1
 TEMPLATES = ("none", "chat")
 
 
@@ -53,15 +54,23 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
 
 
-def micro_batches(examples: list[Example], size: int) -> list[list[Example]]:
-    """An effective batch cut into pieces of like length: the sum of the gradients is the same, with less padding."""
-    ordered = sorted(examples, key=len)
-    return [ordered[i:i + size] for i in range(0, len(ordered), size)]
+def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
+    """An effective batch cut into pieces of like length, each of at most `max_tokens` with its padding, or one row.
+
+    The sum of the gradients does not depend on the cut; padding, memory and speed do.
+    """
+    parts = []
+    for example in sorted(examples, key=len):
+        if parts and (len(parts[-1]) + 1) * len(example) <= max_tokens:
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+    return parts
 
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, each (B, T), padded on the right."""
-    B, T = len(examples), max(map(len, examples))
+    B, T = len(examples), -(-max(map(len, examples)) // MULTIPLE) * MULTIPLE
     ids = torch.full((B, T), pad_id)
     labels = torch.full((B, T), IGNORED)
     mask = torch.zeros(B, T, dtype=torch.long)

@@ -14,7 +14,8 @@ SOURCE_CHARACTERS = (80, 900)
 SENTENCE_CHARACTERS = (20, 120)
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo",
             "ensurepip", "__pycache__"}
-QUESTION = "\n\nWhat does this function do? Answer with one sentence."
+QUESTION = "\n\nWhat does this function do?\n"
+HELD_OUT_PER_MODULE = 3
 
 
 def pairs() -> list[dict]:
@@ -35,26 +36,29 @@ def pairs() -> list[dict]:
 
 
 def split(rows: list[dict], held_out: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """(train, held out): whole modules in a seeded order are held out until they have enough rows.
+    """(train, held out), both in a seeded order, no module on both sides.
 
-    No module stands on both sides; of the held-out modules' rows the first `held_out` in shuffled order are
-    taken, so that one large module does not fill the evaluation.
+    Modules are held out in a seeded order, and at most HELD_OUT_PER_MODULE rows of each are used, so that the
+    evaluation is not about one large module.
     """
+    shuffle = random.Random(seed).shuffle
     by_module = {}
     for row in rows:
         by_module.setdefault(row["module"], []).append(row)
     modules = sorted(by_module)
-    random.Random(seed).shuffle(modules)
-    pool, taken = [], set()
+    shuffle(modules)
+    test, taken = [], set()
     for module in modules:
-        if len(pool) >= 4 * held_out:
+        if len(test) >= held_out:
             break
-        pool += by_module[module]
+        members = list(by_module[module])
+        shuffle(members)
+        test += members[:HELD_OUT_PER_MODULE]
         taken.add(module)
     train = [row for row in rows if row["module"] not in taken]
-    random.Random(seed).shuffle(train)
-    random.Random(seed).shuffle(pool)
-    return train, pool[:held_out]
+    shuffle(train)
+    shuffle(test)
+    return train, test[:held_out]
 
 
 def _functions(path: Path):

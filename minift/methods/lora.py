@@ -150,15 +150,30 @@ class LoRA(Method):
         """W + scaling * B A, in fp32, rounded once to W's dtype; checked whole before any weight changes."""
         modules, merged, errors = model.adapters[name].modules, {}, {}
         for path, layer in modules.items():
-            if isinstance(layer.base, LoRALinear) or model.get_submodule(path) is not layer:
-                raise ValueError(f"{path} carries several adapters; merge or remove the others first")
-            weight = dense_weight(layer.base)
+            weight = dense_weight(_innermost(layer))
             exact = weight.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
             merged[path] = (weight.float() + layer.delta().float()).to(weight.dtype)
             if not torch.isfinite(merged[path]).all():
                 raise ValueError(f"merging {name!r} into {path} gives non-finite weights; nothing was changed")
             errors[path] = (merged[path].double() - exact).abs().max().item()
         for path, layer in modules.items():
-            set_weight(layer.base, merged[path])
-            replace_layer(model, path, layer.base)
+            set_weight(_innermost(layer), merged[path])
+            _unwrap(model, path, layer)
         return errors
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    while isinstance(layer, LoRALinear):
+        layer = layer.base
+    return layer
+
+
+def _unwrap(model: LanguageModel, path: str, layer: LoRALinear) -> None:
+    """Take one wrapper out of the chain of wrappers at a path."""
+    outer = model.get_submodule(path)
+    if outer is layer:
+        replace_layer(model, path, layer.base)
+        return
+    while outer.base is not layer:
+        outer = outer.base
+    outer.base = layer.base

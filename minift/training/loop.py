@@ -8,7 +8,6 @@ The gradient is that of the mean over all supervised tokens of the effective bat
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,8 +38,8 @@ class TrainConfig:
     """Stop after this many steps; 0 means after the epochs."""
     batch_size: int = 8
     """Rows of one optimizer step, the effective batch."""
-    micro_batch_size: int = 4
-    """Rows of one forward and backward; changes memory and speed, not the gradient."""
+    micro_batch_tokens: int = 1024
+    """Most tokens, padding included, of one forward and backward; sets memory and speed, not the gradient."""
     learning_rate: float = 2e-4
     schedule: str = "cosine"
     """cosine, linear or constant, after the warm-up."""
@@ -64,7 +63,7 @@ class TrainConfig:
     """Steps between printed lines where there is no terminal; log.jsonl gets every step."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every"):
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
@@ -182,23 +181,25 @@ class Run:
         """Accumulate the gradient of the mean loss over the batch's tokens, clip it; (loss, norm before clipping)."""
         batch_tokens = sum(example.supervised for example in batch)
         mean = 0.0
-        for part in micro_batches(batch, self.config.micro_batch_size):
+        for part in micro_batches(batch, self.config.micro_batch_tokens):
             loss_sum, _ = self.objective(collate(part, self.pad_id, self.objective.model.device))
             loss = loss_sum / batch_tokens
             if not torch.isfinite(loss):
                 raise NonFiniteLoss(f"the loss is {loss.item()} at step {step + 1}, in the rows {_where(part)}")
             loss.backward()
             mean += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
             raise NonFiniteLoss(f"the gradient of {bad[0] if bad else 'all parameters together'} is not finite at "
                                 f"step {step + 1}, in the rows {_where(batch)}")
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
         return mean, norm.item()
 
     def evaluate(self) -> float:
         """Mean nats per supervised token of the held-out rows."""
-        return _mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_size)
+        return _mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_tokens)
 
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
@@ -218,7 +219,7 @@ def _describe(model, data, valid, config) -> dict:
 
 def _resume_key(recorded: dict, examples: list) -> dict:
     """What must not change between the parts of a resumed run."""
-    free = ("output", "log_every", "save_every", "eval_every")
+    free = ("output", "log_every", "save_every", "eval_every")   # they do not touch the trained numbers
     train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
     method = {f"method.{name}": value for name, value in recorded["method"].items()}
     digest = hashlib.sha256(json.dumps([e.ids for e in examples]).encode()).hexdigest()
@@ -252,13 +253,13 @@ def _where(examples) -> str:
     return ", ".join(example.where for example in examples)
 
 
-def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_size: int) -> float:
+def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_tokens: int) -> float:
     """Token-weighted mean over all examples, with dropout off."""
     model, nats, tokens = objective.model, 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for part in micro_batches(examples, micro_batch_size):
+        for part in micro_batches(examples, micro_batch_tokens):
             loss_sum, n = objective(collate(part, pad_id, model.device))
             nats, tokens = nats + loss_sum.item(), tokens + n
     model.train(was_training)
@@ -268,4 +269,4 @@ def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_si
 def evaluate_loss(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None) -> float:
     """Mean nats per completion token (EOS included) of a JSONL file or list of rows; exp of it is the perplexity."""
     config = config or TrainConfig()
-    return _mean_nats(Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_size)
+    return _mean_nats(Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_tokens)

@@ -1,0 +1,75 @@
+"""Fixtures: a tiny Llama, a tiny tokenizer, the real SmolLM2 where it has been fetched."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from minift.fetch import ALIASES, cache_folder
+from minift.models.llama import Llama, LlamaConfig
+
+settings.register_profile("default", deadline=None, max_examples=30, derandomize=True, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    values = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+              "rms_norm_eps": 2.0**-20}
+    return LlamaConfig(**{**values, **changes})
+
+
+def tiny_llama(dtype=torch.float32, seed=0, **changes) -> Llama:
+    """Random weights large enough that every part of the forward matters."""
+    torch.manual_seed(seed)
+    model = Llama(tiny_config(**changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + 0.1 * torch.randn_like(p) if "norm" in name else 0.2 * torch.randn_like(p))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+class CharTokenizer:
+    """One id for each printable ASCII character: a tokenizer with nothing to learn."""
+
+    bos_id, eos_ids, pad_id, chat_template = None, (1,), 0, None
+
+    def encode(self, text, special_tokens=False):
+        return [ord(c) - 30 for c in text]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(i + 30) for i in ids if i > 1)
+
+
+@pytest.fixture
+def tokenizer():
+    return CharTokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    path = cache_folder() / "smollm2" / ALIASES["smollm2"].model
+    if not path.exists():
+        pytest.skip("needs SmolLM2: minift fetch smollm2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """A folder with reference data that the project does not ship."""
+    folder = os.environ.get("MINIFT_TEST_DATA")
+    if not folder:
+        pytest.skip("needs MINIFT_TEST_DATA, a folder with the reference data sets")
+    return Path(folder)

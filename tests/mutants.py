@@ -1,0 +1,25 @@
+"""Mutants: a module's source with one textual change, to see that a check notices."""
+
+import types
+from pathlib import Path
+
+
+def mutate(module, old: str, new: str) -> types.ModuleType:
+    """The module again, with the one occurrence of `old` replaced."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__file__}"
+    changed = types.ModuleType(module.__name__)
+    changed.__file__ = module.__file__
+    exec(compile(source.replace(old, new), module.__file__, "exec"), changed.__dict__)
+    return changed
+
+
+def survives(check, module, old: str, new: str) -> bool:
+    """Whether a check that passes on the module also passes on the mutant."""
+    try:
+        check(mutate(module, old, new))
+    except AssertionError:
+        return False
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False        # a crash is noticed too
+    return True
