@@ -1,5 +1,7 @@
 """Packaging. kernels/ stands at the top of the repository and is installed as minift.kernels."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.9"]
@@ -8,7 +10,7 @@ setup(
     name="minift",
     version="0.1.0",
     description="A from-scratch research framework for parameter-efficient fine-tuning",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -8,7 +8,9 @@ NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).paren
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and shapes; results are not written")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats and shapes; results are not written"
+    )
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help="default: all")
     arguments = parser.parse_args()
     for name in arguments.names or NAMES:

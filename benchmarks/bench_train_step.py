@@ -23,7 +23,7 @@ from benchmarks.harness import gate, quantiles, report
 
 B, T, STEPS = 4, 128, 20
 LEARNING_RATE = 1e-3
-BLOCKS, HEAD = 106_204_608, 28_311_552      # weights that a token meets
+BLOCKS, HEAD = 106_204_608, 28_311_552  # weights that a token meets
 
 
 def batches(labels: str) -> list[dict]:
@@ -32,6 +32,7 @@ def batches(labels: str) -> list[dict]:
     from minift.data.rows import check_row
     from minift.data.stdlib_docstrings import pairs
     from minift.load import load_tokenizer
+
     tokenizer = load_tokenizer("smollm2")
     examples = []
     for i, row in enumerate(pairs()):
@@ -42,7 +43,7 @@ def batches(labels: str) -> list[dict]:
             break
     made = []
     for i in range(0, B * STEPS, B):
-        batch = collate(examples[i:i + B], tokenizer.pad_id)
+        batch = collate(examples[i : i + B], tokenizer.pad_id)
         pad = T - batch["input_ids"].shape[1]
         fill = {"input_ids": tokenizer.pad_id, "attention_mask": 0, "labels": -100}
         batch = {k: torch.nn.functional.pad(v, (0, pad), value=fill[k]) for k, v in batch.items()}
@@ -56,6 +57,7 @@ def minift_step(folder: str, lr: float):
     import minift
     from minift.methods.base import trainable
     from minift.training.objective import Objective
+
     model = minift.load_model(f"{folder}/base", dtype="bfloat16")
     minift.load_adapter(model, f"{folder}/adapter")
     model.train()
@@ -69,17 +71,20 @@ def minift_step(folder: str, lr: float):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
     return step
 
 
 def peft_step(folder: str, lr: float):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, f"{folder}/adapter", is_trainable=True)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True
+    )
 
     def step(batch):
         loss = model(**batch, use_cache=False).loss
@@ -87,12 +92,14 @@ def peft_step(folder: str, lr: float):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
     return step
 
 
 def worker(side: str, folder: str) -> None:
     """Answer each line on stdin (a batch number) with {loss, seconds, peak MiB} of one step."""
     import time
+
     step = {"minift": minift_step, "transformers + peft": peft_step}[side](folder, LEARNING_RATE)
     data = _read(folder)
     print("ready", flush=True)
@@ -106,6 +113,7 @@ def worker(side: str, folder: str) -> None:
 
 def _read(folder):
     from safetensors.torch import load_file
+
     flat = load_file(f"{folder}/batches.safetensors")
     return [{k: flat[f"{i}.{k}"] for k in ("input_ids", "attention_mask", "labels")} for i in range(STEPS)]
 
@@ -113,14 +121,21 @@ def _read(folder):
 def measure(folder: str, labels: str, rounds: int) -> dict:
     """side -> records of rounds x STEPS steps, the sides taking turns."""
     from safetensors.torch import save_file
+
     data = batches(labels)
-    save_file({f"{i}.{k}": v.contiguous() for i, b in enumerate(data) for k, v in b.items()},
-              f"{folder}/batches.safetensors")
+    save_file(
+        {f"{i}.{k}": v.contiguous() for i, b in enumerate(data) for k, v in b.items()},
+        f"{folder}/batches.safetensors",
+    )
     sides, records = {}, {}
     for side in ("minift", "transformers + peft"):
-        sides[side] = subprocess.Popen([sys.executable, "-m", "benchmarks.bench_train_step", "--worker", side, folder],
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                       cwd=Path(__file__).parent.parent)
+        sides[side] = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.bench_train_step", "--worker", side, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
         records[side] = []
         while (line := sides[side].stdout.readline()).strip() != "ready":
             if not line:
@@ -139,6 +154,7 @@ def measure(folder: str, labels: str, rounds: int) -> dict:
 
 def run(quick: bool) -> None:
     import minift
+
     rows, details = [], {"losses": {}}
     with tempfile.TemporaryDirectory() as folder:
         model = minift.load_model("smollm2", dtype="bfloat16")
@@ -155,14 +171,25 @@ def run(quick: bool) -> None:
             worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
             gate(f"losses of {STEPS} steps, labels on {labels}", worst, 0.01)
             times = {side: quantiles([r["seconds"] for r in rs[3:]]) for side, rs in records.items()}
-            ratios = [b["seconds"] / a["seconds"] for a, b in
-                      zip(records["minift"][3:], records["transformers + peft"][3:], strict=True)]
+            ratios = [
+                b["seconds"] / a["seconds"]
+                for a, b in zip(records["minift"][3:], records["transformers + peft"][3:], strict=True)
+            ]
             flops = 4 * (BLOCKS * B * T + HEAD * measured["supervised"])
             for side, t in times.items():
-                rows.append({"labels": labels, "side": side, "median s": t["median"], "p20": t["p20"], "p80": t["p80"],
-                             "tokens/s": round(B * T / t["median"]), "Gflop/s": round(flops / t["median"] / 1e9),
-                             "peak MiB": round(max(r["peak_mib"] for r in records[side])),
-                             "speed": 1.0 if side != "minift" else round(statistics.median(ratios), 2)})
+                rows.append(
+                    {
+                        "labels": labels,
+                        "side": side,
+                        "median s": t["median"],
+                        "p20": t["p20"],
+                        "p80": t["p80"],
+                        "tokens/s": round(B * T / t["median"]),
+                        "Gflop/s": round(flops / t["median"] / 1e9),
+                        "peak MiB": round(max(r["peak_mib"] for r in records[side])),
+                        "speed": 1.0 if side != "minift" else round(statistics.median(ratios), 2),
+                    }
+                )
             details["losses"][labels] = {**losses, "largest relative difference": worst}
     report("train_step", rows, details, write=not quick)
 

@@ -42,7 +42,10 @@ def alternate(candidates: dict, repeats: int, warmup: int = 2) -> dict[str, list
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
-    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+
+    def pick(q):
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
     return {"median": statistics.median(ordered), "p20": pick(0.2), "p80": pick(0.8)}
 
 
@@ -60,12 +63,19 @@ def machine() -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def table(rows: list[dict]) -> str:
@@ -84,7 +94,9 @@ def report(name: str, rows: list[dict], details: dict, write: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         result = {"machine": where, "rows": rows, **details}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        heading = (f"# {name}\n\n{where['cpu']}; {where['threads']} threads; GPU: {where['gpu'] or 'none'}; "
-                   + ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-                   + f"; commit {where['commit']}, {where['date']}\n\n")
+        heading = (
+            f"# {name}\n\n{where['cpu']}; {where['threads']} threads; GPU: {where['gpu'] or 'none'}; "
+            + ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+            + f"; commit {where['commit']}, {where['date']}\n\n"
+        )
         (RESULTS / f"{name}.md").write_text(heading + table(rows) + "\n")

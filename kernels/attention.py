@@ -1,7 +1,8 @@
 """Causal attention with grouped queries, trained on CPUs at the speed of its matrix products.
 
     P = softmax(q k^T / sqrt(hd) + bias),   o = P v,   bias 0 where attended and -inf elsewhere
-    dv = P^T do,   dP = do v^T,   dS = P * (dP - rowsum(P * dP)),   dq = dS k / sqrt(hd),   dk = dS^T q / sqrt(hd)
+    dv = P^T do,   dP = do v^T,   dS = P * (dP - rowsum(P * dP))
+    dq = dS k / sqrt(hd),   dk = dS^T q / sqrt(hd)
 
 B batch, H query heads, KV key-value heads (H = G * KV), T queries, S keys, hd head size.
 The forward is torch's fused `scaled_dot_product_attention` everywhere, and so is the backward on GPUs.
@@ -30,10 +31,10 @@ def attention_ref(q, k, v, mask=None):
     True in `mask` means attended; None means causal, aligned to the last key.
     """
     G = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)      # (B, H, S, hd)
+    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)  # (B, H, S, hd)
     if mask is None:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                    # (B, H, T, S)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
 
 
@@ -54,7 +55,7 @@ def _fused(q, k, v, mask):
 
 
 class CPUAttention(torch.autograd.Function):
-    """Keeps q, k, v and recomputes P for some query rows at a time, in q's dtype (rows are summed in fp32 inside).
+    """Keeps q, k, v and recomputes P for some query rows at a time, in q's dtype.
 
     Without a mask, rows t0 to t1 see only the first t1 + S - T keys, which saves almost half of the work.
     """
@@ -68,8 +69,10 @@ class CPUAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         q, k, v, mask = ctx.saved_tensors
-        (B, H, T, hd), S = q.shape, k.shape[2]
-        bias = _bias(causal_mask(T, S, q.device)[None, None] if mask is None else mask, q.dtype).expand(B, 1, T, S)
+        (B, H, T, _), S = q.shape, k.shape[2]
+        bias = _bias(causal_mask(T, S, q.device)[None, None] if mask is None else mask, q.dtype).expand(
+            B, 1, T, S
+        )
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
@@ -77,8 +80,13 @@ class CPUAttention(torch.autograd.Function):
         for start in range(0, T, rows):
             stop = min(start + rows, T)
             seen = stop + S - T if mask is None else S
-            part = _backward_rows(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], do[:, :, start:stop],
-                                  bias[:, :, start:stop, :seen])
+            part = _backward_rows(
+                q[:, :, start:stop],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                do[:, :, start:stop],
+                bias[:, :, start:stop, :seen],
+            )
             dq[:, :, start:stop] = part[0]
             dk[:, :, :seen] += part[1]
             dv[:, :, :seen] += part[2]
@@ -97,6 +105,6 @@ def _backward_rows(q, k, v, do, bias):
     do = do.reshape(B, KV, H // KV * T, hd)
     P = (q @ k.transpose(-1, -2)).view(B, H, T, S).add_(bias).softmax(dim=-1).view(B, KV, H // KV * T, S)
     dP = do @ v.transpose(-1, -2)
-    dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)               # P * (dP - rowsum(P * dP))
+    dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # P * (dP - rowsum(P * dP))
     dq = (dS @ k).mul_(hd**-0.5).view(B, H, T, hd)
     return dq, dS.transpose(-1, -2) @ q, P.transpose(-1, -2) @ do

@@ -12,7 +12,6 @@ _HOME = {
     "load_model": "minift.load",
     "load_tokenizer": "minift.load",
     "save_model": "minift.load",
-    "fetch": "minift.fetch",
     "apply": "minift.methods",
     "merge": "minift.methods",
     "METHODS": "minift.methods",
@@ -26,7 +25,7 @@ _HOME = {
     "generate": "minift.models.generate",
     "train": "minift.training.loop",
     "evaluate_loss": "minift.training.loop",
-    "TrainConfig": "minift.training.loop",
+    "TrainConfig": "minift.training.settings",
     "Tokenizer": "minift.data.tokenizer",
 }
 __all__ = [*_HOME, "__version__"]

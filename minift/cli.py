@@ -47,10 +47,15 @@ class _Parser(argparse.ArgumentParser):
 
 def demo(argv):
     parser = _Parser("minift demo")
-    parser.add_argument("--quick", action="store_true", help="fewer rows and steps, under 90 seconds on 2 cores")
-    parser.add_argument("--output", default="", help="folder of the run; default: out/demo or out/demo-quick, replaced")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rows and steps, under 90 seconds on 2 cores"
+    )
+    parser.add_argument(
+        "--output", default="", help="folder of the run; default: out/demo or out/demo-quick, replaced"
+    )
     arguments = parser.parse_args(argv)
     from minift.demo import run
+
     run(arguments.quick, arguments.output)
 
 
@@ -58,6 +63,7 @@ def fetch(argv):
     parser = _Parser("minift fetch")
     parser.add_argument("name")
     from minift.fetch import fetch as get
+
     get(parser.parse_args(argv).name)
 
 
@@ -68,6 +74,7 @@ def _run_config(verb, argv):
     parser.add_argument("--resume", action="store_true")
     arguments, rest = parser.parse_known_args(argv)
     from minift import config
+
     tree = config.override(config.read_config(arguments.config), config.read_flags(rest))
     return config.run_config(tree), arguments
 
@@ -77,11 +84,19 @@ def train(argv):
     from minift.load import load_model, load_tokenizer
     from minift.methods import apply
     from minift.training.loop import train as run
+
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, config.device)
     print(apply(model, config.method, seed=config.train.seed))
-    metrics = run(model, tokenizer, config.data, config.train, valid=config.valid or None,
-                  overwrite=arguments.overwrite, resume=arguments.resume)
+    metrics = run(
+        model,
+        tokenizer,
+        config.data,
+        config.train,
+        valid=config.valid or None,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+    )
     print(", ".join(f"{name} {value}" for name, value in metrics.items()))
     print(f"adapter, log and plot are in {config.train.output}")
 
@@ -89,6 +104,7 @@ def train(argv):
 def plan(argv):
     config, _ = _run_config("plan", argv)
     from minift.load import build_model
+
     print(config.method.plan(build_model(config.model)))
 
 
@@ -109,12 +125,22 @@ def generate(argv):
     from minift.load import load_model, load_tokenizer
     from minift.methods.files import load_adapter
     from minift.models.generate import generate as continue_
+
     tokenizer, model = load_tokenizer(a.model), load_model(a.model, a.dtype)
     if a.adapter:
         load_adapter(model, a.adapter)
     prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")
-    new = continue_(model, [prompt], a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
-                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=a.seed)
+    new = continue_(
+        model,
+        [prompt],
+        a.max_new_tokens,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        seed=a.seed,
+    )
     print(tokenizer.decode(new[0]))
 
 

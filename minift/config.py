@@ -14,7 +14,7 @@ from pathlib import Path
 from minift.methods import METHODS
 from minift.methods.base import Method
 from minift.methods.lora import LoRA
-from minift.training.loop import TrainConfig
+from minift.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def read_flags(words: list[str]) -> dict[str, str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"unexpected argument {word!r}; settings are given as --path value, as --train.epochs 2")
+            raise ValueError(
+                f"unexpected argument {word!r}; settings are given as --path value, as --train.epochs 2"
+            )
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not words or words[0].startswith("--"):
@@ -78,7 +80,7 @@ def override(tree: dict, flags: dict[str, str]) -> dict:
             if not isinstance(at, dict):
                 raise ValueError(f"--{path}: {table} is a value, not a table")
         if (path == "method" or path == "method.name") and at.get("name", value) != value:
-            at.clear()                  # another method has other fields
+            at.clear()  # another method has other fields
         at[name] = value
     return tree
 
@@ -88,7 +90,7 @@ def run_config(tree: dict) -> RunConfig:
 
 
 def build(cls, values: dict, path: str):
-    """A dataclass from a table of plain values or texts; unknown keys and wrong types are errors with the path."""
+    """A dataclass from a table of values or texts; unknown keys and wrong types are errors with the path."""
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')} is {values!r}, expected a table with {', '.join(_names(cls))}")
     if cls is Method:
@@ -101,7 +103,9 @@ def build(cls, values: dict, path: str):
             raise ValueError(f"unknown setting {path}{key}; {hint}")
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"setting {path}{f.name} is missing; give it in the config or as --{path}{f.name}")
+            raise ValueError(
+                f"setting {path}{f.name} is missing; give it in the config or as --{path}{f.name}"
+            )
     return cls(**{key: _value(hints[key], value, path + key) for key, value in values.items()})
 
 

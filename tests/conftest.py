@@ -20,9 +20,17 @@ def seeded():
 
 
 def tiny_config(**changes) -> LlamaConfig:
-    values = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-              "rms_norm_eps": 2.0**-20}
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 2.0**-20,
+    }
     return LlamaConfig(**{**values, **changes})
 
 

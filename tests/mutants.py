@@ -21,5 +21,5 @@ def survives(check, module, old: str, new: str) -> bool:
     except AssertionError:
         return False
     except (RuntimeError, IndexError, TypeError, ValueError):
-        return False        # a crash is noticed too
+        return False  # a crash is noticed too
     return True

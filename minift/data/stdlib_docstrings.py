@@ -12,14 +12,24 @@ from pathlib import Path
 
 SOURCE_CHARACTERS = (80, 900)
 SENTENCE_CHARACTERS = (20, 120)
-LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo",
-            "ensurepip", "__pycache__"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+}
 QUESTION = "\n\nWhat does this function do?\n"
 HELD_OUT_PER_MODULE = 3
 
 
 def pairs() -> list[dict]:
-    """All rows, sorted by module and line: prompt, completion, module. Duplicates of either side appear once."""
+    """All rows, by module: prompt, completion, module. A repeated source or sentence appears once."""
     root = Path(sysconfig.get_paths()["stdlib"])
     rows, sources, sentences = [], set(), set()
     for path in sorted(root.rglob("*.py")):
@@ -77,8 +87,10 @@ def _functions(path: Path):
             continue
         sentence = first_sentence(docstring)
         source = _without_docstring(lines, node)
-        if (SOURCE_CHARACTERS[0] <= len(source) <= SOURCE_CHARACTERS[1]
-                and SENTENCE_CHARACTERS[0] <= len(sentence) <= SENTENCE_CHARACTERS[1]):
+        if (
+            SOURCE_CHARACTERS[0] <= len(source) <= SOURCE_CHARACTERS[1]
+            and SENTENCE_CHARACTERS[0] <= len(sentence) <= SENTENCE_CHARACTERS[1]
+        ):
             yield source, sentence
 
 
@@ -91,6 +103,6 @@ def first_sentence(docstring: str) -> str:
 def _without_docstring(lines: list[str], node) -> str:
     """The lines of a function, decorators left out and dedented, minus those of its docstring."""
     first, doc, last = node.lineno - 1, node.body[0], node.end_lineno
-    kept = lines[first:doc.lineno - 1] + lines[doc.end_lineno:last]
+    kept = lines[first : doc.lineno - 1] + lines[doc.end_lineno : last]
     indent = min((len(line) - len(line.lstrip()) for line in kept if line.strip()), default=0)
     return "\n".join(line[indent:].rstrip() for line in kept).strip()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from minift.data.chat import render
 
-GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4      # token types of the GGUF specification
+GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4  # token types of the GGUF specification
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Tokenizer:
     chat_template: str | None
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Ids of a text. Special tokens spelled out in it are recognised; `special_tokens` adds those that the
-        tokenizer puts around a text (BOS, or [CLS] and [SEP]), never a second BOS.
+        """Ids of a text. Special tokens spelled out in it are recognised.
+
+        `special_tokens` adds those that the tokenizer puts around a text (BOS, or [CLS] and [SEP]), never a
+        second BOS.
         """
         ids = self.backend.encode(text, add_special_tokens=special_tokens).ids
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
@@ -48,20 +50,29 @@ class Tokenizer:
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """tokenizer.json; special tokens and template from tokenizer_config.json, chat_template.jinja, config.json."""
+    """tokenizer.json, with special tokens and template from the other files of the folder."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; save the tokenizer in its fast form (tokenizer.json) beside the model")
+        raise ValueError(
+            f"{path} is missing; save the tokenizer in its fast form (tokenizer.json) beside the model"
+        )
     try:
         backend = Backend.from_file(str(path))
-    except BaseException as error:      # the library's panics do not derive from Exception
+    except BaseException as error:  # the library's panics do not derive from Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise ValueError(f"{path} is no tokenizer: {error}") from None
     backend.no_truncation()
     backend.no_padding()
-    settings = {name: _json(folder / name) for name in
-                ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")}
+    settings = {
+        name: _json(folder / name)
+        for name in (
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "config.json",
+        )
+    }
     ids = {role: _special_ids(backend, settings, role) for role in ("bos", "eos", "pad")}
     template = settings["tokenizer_config.json"].get("chat_template")
     if isinstance(template, list):
@@ -95,23 +106,38 @@ def from_gguf(metadata: dict) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": [], "default": []}
     if kind != "gpt2" or pre not in splits:
-        raise ValueError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; supported: 'gpt2' "
-                         f"with {', '.join(map(repr, splits))}; give a folder with tokenizer.json instead")
+        raise ValueError(
+            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; supported: 'gpt2' "
+            f"with {', '.join(map(repr, splits))}; give a folder with tokenizer.json instead"
+        )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits[pre], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        [*splits[pre], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False)
-                        for t, kind in zip(tokens, types, strict=True) if kind == GGUF_USER_DEFINED])
-    ids = {role: (metadata[key],) if (key := f"tokenizer.ggml.{name}_token_id") in metadata else ()
-           for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    backend.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == GGUF_CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(t, normalized=False)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == GGUF_USER_DEFINED
+        ]
+    )
+    ids = {
+        role: (metadata[key],) if (key := f"tokenizer.ggml.{name}_token_id") in metadata else ()
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
     return _build(backend, ids["bos"], ids["eos"], ids["pad"], metadata.get("tokenizer.chat_template"))
 
 
 def _build(backend, bos, eos, pad, template) -> Tokenizer:
-    pad_id = (pad or eos or (0,))[0]        # padding is masked, so any id serves where none is named
+    pad_id = (pad or eos or (0,))[0]  # padding is masked, so any id serves where none is named
     return Tokenizer(backend, bos[0] if bos else None, eos, pad_id, template)

@@ -5,10 +5,7 @@ from minift.methods.full import Full
 from minift.methods.lora import LoRA
 from minift.models.interface import LanguageModel
 
-METHODS = {
-    "full": Full,
-    "lora": LoRA,
-}
+METHODS = {"full": Full, "lora": LoRA}
 
 
 def apply(model: LanguageModel, method: Method, name: str = "default", seed: int = 0) -> Plan:
@@ -17,8 +14,9 @@ def apply(model: LanguageModel, method: Method, name: str = "default", seed: int
     Adapters that are resident already stay active, frozen. Nothing is touched when the plan fails.
     """
     if name in model.adapters:
-        raise ValueError(f"an adapter named {name!r} is resident already ({', '.join(model.adapters)}); "
-                         "give another name")
+        raise ValueError(
+            f"an adapter named {name!r} is resident already ({', '.join(model.adapters)}); give another name"
+        )
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r} must not be empty or hold a dot")
     reason = method.refuses(model)

@@ -16,11 +16,11 @@ from minift.models.interface import LanguageModel
 class Site:
     """One row of a plan: what is adapted, by which rule, and what that adds."""
 
-    path: str                 # module path, without wrappers
+    path: str  # module path, without wrappers
     rule: str
-    shape: tuple[int, ...]    # of the adapted weight, (out, in)
-    parameters: int           # trainable, by the method's formula for this site
-    dtype: str = "float32"    # of the trainable parameters
+    shape: tuple[int, ...]  # of the adapted weight, (out, in)
+    parameters: int  # trainable, by the method's formula for this site
+    dtype: str = "float32"  # of the trainable parameters
     r: int | None = None
     scaling: float | None = None
 
@@ -31,8 +31,8 @@ class Plan:
 
     method: "Method"
     sites: tuple[Site, ...]
-    base_parameters: int      # of the model before the method, a tied weight counted once
-    added: bool               # whether the method's parameters come on top of the base's
+    base_parameters: int  # of the model before the method, a tied weight counted once
+    added: bool  # whether the method's parameters come on top of the base's
 
     @property
     def trainable(self) -> int:
@@ -44,18 +44,33 @@ class Plan:
 
     def totals(self) -> str:
         share = 100 * self.trainable / self.total
-        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        )
 
     def table(self, every_layer: bool = True) -> str:
-        """module, rule, r, scaling, dtype, parameters; equal rows of a run of blocks as one, or each alone."""
+        """module, rule, r, scaling, dtype, parameters; rows that differ in the block as one, or each."""
         rows = [("module", "rule", "r", "scaling", "dtype", "parameters")]
-        for path, sites in (_each(self.sites) if every_layer else _grouped(self.sites)):
+        for path, sites in _each(self.sites) if every_layer else _grouped(self.sites):
             s = sites[0]
-            rows.append((path, s.rule, "-" if s.r is None else str(s.r),
-                         "-" if s.scaling is None else f"{s.scaling:g}", s.dtype, f"{sum(x.parameters for x in sites):,}"))
+            rows.append(
+                (
+                    path,
+                    s.rule,
+                    "-" if s.r is None else str(s.r),
+                    "-" if s.scaling is None else f"{s.scaling:g}",
+                    s.dtype,
+                    f"{sum(x.parameters for x in sites):,}",
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
-                           for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
         return "\n".join(lines)
 
     def __str__(self):
@@ -73,7 +88,7 @@ def _grouped(sites):
         parts = s.path.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         number = None if at is None else int(parts[at])
-        shape = (*parts[:at], "", *parts[at + 1:]) if at is not None else tuple(parts)
+        shape = (*parts[:at], "", *parts[at + 1 :]) if at is not None else tuple(parts)
         groups.setdefault((shape, at, s.rule, s.shape, s.r, s.scaling, s.dtype), []).append((number, s))
     named = []
     for (shape, at, *_), members in groups.items():
@@ -82,19 +97,19 @@ def _grouped(sites):
             path = ".".join(shape)
         elif numbers == list(range(numbers[0], numbers[-1] + 1)):
             span = str(numbers[0]) if len(numbers) == 1 else f"{{{numbers[0]}-{numbers[-1]}}}"
-            path = ".".join((*shape[:at], span, *shape[at + 1:]))
+            path = ".".join((*shape[:at], span, *shape[at + 1 :]))
         else:
-            path = ".".join((*shape[:at], "{" + ",".join(map(str, numbers)) + "}", *shape[at + 1:]))
+            path = ".".join((*shape[:at], "{" + ",".join(map(str, numbers)) + "}", *shape[at + 1 :]))
         named.append((path, [s for _, s in members]))
     return named
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune. Subclasses add their hyperparameters as fields and fill in plan, inject and count."""
+    """A way to fine-tune. Subclasses add their hyperparameters as fields and define plan, inject, count."""
 
-    name = ""                          # the key in METHODS
-    identity_at_init = "bitwise"       # or "bound" (within rounding), or "none"
+    name = ""  # the key in METHODS
+    identity_at_init = "bitwise"  # or "bound" (within rounding), or "none"
 
     def refuses(self, model: LanguageModel) -> str | None:
         """Why the method cannot run on this model, or None."""
@@ -123,7 +138,7 @@ class Adapter:
 
     method: Method
     plan: Plan
-    modules: dict = field(default_factory=dict, repr=False)     # path -> the wrapper at that site
+    modules: dict = field(default_factory=dict, repr=False)  # path -> the wrapper at that site
 
 
 def parameter_count(model) -> int:

@@ -23,12 +23,38 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Fields of PEFT's LoraConfig (0.21) that say nothing about the forward of a loaded adapter.
-INERT = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "init_lora_weights",
-         "layers_pattern", "megatron_config", "megatron_core", "peft_version", "revision", "runtime_config",
-         "task_type", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
+INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+}
 # Fields that this file reads.
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-        "layers_to_transform", "bias", "fan_in_fan_out"}
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "bias",
+    "fan_in_fan_out",
+}
 # Start states whose residual changes the base weights, so that A and B alone do not say the forward.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -38,7 +64,9 @@ def save_adapter(model: LanguageModel, folder: str | Path, name: str = "default"
     adapter = _resident(model, name)
     method = adapter.method
     if not isinstance(method, LoRA):
-        raise ValueError(f"{method.name} has no adapter file; minift.merge(model), then minift.save_model(model, folder)")
+        raise ValueError(
+            f"{method.name} has no adapter file; minift.merge(model), then minift.save_model(model, folder)"
+        )
     tensors = {}
     for path, layer in adapter.modules.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
@@ -48,43 +76,75 @@ def save_adapter(model: LanguageModel, folder: str | Path, name: str = "default"
             raise ValueError(f"{key} is not finite; the adapter was not saved")
     targets, layers = _peft_targets(model, list(adapter.modules))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.source, "revision": None,
-        "inference_mode": True, "r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout,
-        "use_rslora": method.rslora, "use_dora": False, "target_modules": targets, "exclude_modules": None,
-        "layers_to_transform": layers, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.source,
+        "revision": None,
+        "inference_mode": True,
+        "r": method.r,
+        "lora_alpha": method.alpha,
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "use_dora": False,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": layers,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
     }
-    facts = {"format": "pt", "minift.base_fingerprint": fingerprint(model), "minift.method": json.dumps(asdict(method)),
-             "minift.scaling": repr(method.scaling)}
+    facts = {
+        "format": "pt",
+        "minift.base_fingerprint": fingerprint(model),
+        "minift.method": json.dumps(asdict(method)),
+        "minift.scaling": repr(method.scaling),
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS, tensors, facts)
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load_adapter(model: LanguageModel, folder: str | Path, name: str = "default", check_base: bool = True) -> None:
-    """Inject the adapter of a folder under `name`, trainable. Nothing is touched when anything does not fit."""
+def load_adapter(
+    model: LanguageModel, folder: str | Path, name: str = "default", check_base: bool = True
+) -> None:
+    """Inject the adapter of a folder as `name`, trainable. Nothing is touched when something does not fit."""
     folder = Path(folder)
-    method = lora_from_peft(read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS), folder / CONFIG)
+    method = lora_from_peft(
+        read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS), folder / CONFIG
+    )
     with ExitStack() as files:
         opened = open_safetensors(folder / WEIGHTS, files)
         facts = opened.metadata() or {}
         stored = {_our_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if check_base and facts.get("minift.base_fingerprint", fingerprint(model)) != fingerprint(model):
-        raise ValueError(f"{folder} was trained on another base model than {model.source or 'this one'} "
-                         "(fingerprints differ); load that base, or pass check_base=False")
+        raise ValueError(
+            f"{folder} was trained on another base model than {model.source or 'this one'} "
+            "(fingerprints differ); load that base, or pass check_base=False"
+        )
     expected = {}
     for site in method.plan(model).sites:
         fan_out, fan_in = site.shape
-        expected[f"{site.path}.lora_A"], expected[f"{site.path}.lora_B"] = (method.r, fan_in), (fan_out, method.r)
-    for kind, keys in (("lacks", expected.keys() - stored.keys()), ("has unexpected", stored.keys() - expected.keys())):
+        expected[f"{site.path}.lora_A"], expected[f"{site.path}.lora_B"] = (
+            (method.r, fan_in),
+            (fan_out, method.r),
+        )
+    for kind, keys in (
+        ("lacks", expected.keys() - stored.keys()),
+        ("has unexpected", stored.keys() - expected.keys()),
+    ):
         if keys:
             raise ValueError(f"{folder / WEIGHTS} {kind} {len(keys)} tensor(s), first {min(keys)}")
     for key, shape in expected.items():
         tensor = stored[key]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ValueError(f"{folder / WEIGHTS}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                             f"floating-point {shape}")
+            raise ValueError(
+                f"{folder / WEIGHTS}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"floating-point {shape}"
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder / WEIGHTS}: {key} is not finite")
     apply(model, method, name)
@@ -95,27 +155,40 @@ def load_adapter(model: LanguageModel, folder: str | Path, name: str = "default"
 
 
 def lora_from_peft(config: dict, where) -> LoRA:
-    """The LoRA that a PEFT config means; a field that would change the forward and is not supported raises."""
+    """The LoRA that a PEFT config means; an unsupported field that would change the forward raises."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+        raise ValueError(
+            f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'"
+        )
     for name, value in config.items():
         neutral = value in (None, False, [], {}, "none") or (name == "lora_bias" and not value)
         if name not in READ | INERT and not neutral:
-            raise ValueError(f"{where}: {name} = {value!r} is not supported, and leaving it out could change the result")
+            raise ValueError(
+                f"{where}: {name} = {value!r} is not supported, and leaving it out could change the result"
+            )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
-        raise ValueError(f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter to a "
-                         "plain LoRA on the original base first")
+        raise ValueError(
+            f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter to a "
+            "plain LoRA on the original base first"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias = {config['bias']!r} is not supported; supported: 'none'")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != ALL_LINEAR:
-        raise ValueError(f"{where}: target_modules {targets!r} is a regular expression; list the module names instead")
+        raise ValueError(
+            f"{where}: target_modules {targets!r} is a regular expression; list the module names instead"
+        )
     layers = config.get("layers_to_transform")
-    return LoRA(r=config.get("r", 8), alpha=config.get("lora_alpha", 8), dropout=config.get("lora_dropout", 0.0),
-                rslora=bool(config.get("use_rslora")), target_modules=tuple(_listed(targets)),
-                exclude_modules=tuple(_listed(config.get("exclude_modules"))),
-                layers_to_transform=tuple(map(str, _listed(layers))))
+    return LoRA(
+        r=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=bool(config.get("use_rslora")),
+        target_modules=tuple(_listed(targets)),
+        exclude_modules=tuple(_listed(config.get("exclude_modules"))),
+        layers_to_transform=tuple(map(str, _listed(layers))),
+    )
 
 
 def _listed(value) -> list:
@@ -129,7 +202,9 @@ def _our_key(key: str) -> str:
         head, found, tail = path.rpartition(f".{part}.")
         if found and key.startswith(PREFIX) and tail.split(".")[-1] == "weight" and tail.count(".") <= 1:
             return f"{head}.{part}"
-    raise ValueError(f"unexpected key {key}; a LoRA file holds {PREFIX}<module>.lora_A.weight and .lora_B.weight")
+    raise ValueError(
+        f"unexpected key {key}; a LoRA file holds {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+    )
 
 
 def _peft_targets(model: LanguageModel, paths: list[str]) -> tuple[list[str], list[int] | None]:
@@ -150,8 +225,11 @@ def fingerprint(model: LanguageModel) -> str:
     The same for a base held in fp32 or bf16; wrappers and adapters are left out.
     """
     digest = hashlib.sha256()
-    base = {re.sub(r"(\.base)+\.", ".", name): p for name, p in model.named_parameters()
-            if not name.endswith((".lora_A", ".lora_B"))}
+    base = {
+        re.sub(r"(\.base)+\.", ".", name): p
+        for name, p in model.named_parameters()
+        if not name.endswith((".lora_A", ".lora_B"))
+    }
     for name, p in sorted(base.items()):
         digest.update(f"{name}:{tuple(p.shape)}".encode())
         if p.device.type != "meta":

@@ -33,8 +33,8 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, A, B, scaling):
-        rows = x.reshape(-1, x.shape[-1])                                        # (n, in)
-        h = rows @ A.to(x.dtype).t()                                             # (n, r)
+        rows = x.reshape(-1, x.shape[-1])  # (n, in)
+        h = rows @ A.to(x.dtype).t()  # (n, r)
         ctx.save_for_backward(x, A, B, h)
         ctx.scaling = scaling
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(x.dtype).t(), alpha=scaling).view(y.shape)
@@ -44,11 +44,11 @@ class LowRank(torch.autograd.Function):
     def backward(ctx, dy):
         x, A, B, h = ctx.saved_tensors
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling                            # (n, r)
+        dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling  # (n, r)
         need_x, _, need_A, need_B, _ = ctx.needs_input_grad
         dx = (dh @ A.to(dy.dtype)).view(x.shape) if need_x else None
-        dA = (dh.t() @ rows).to(A.dtype) if need_A else None                     # (r, in)
-        dB = (dy_rows.t() @ h * ctx.scaling).to(B.dtype) if need_B else None     # (out, r)
+        dA = (dh.t() @ rows).to(A.dtype) if need_A else None  # (r, in)
+        dB = (dy_rows.t() @ h * ctx.scaling).to(B.dtype) if need_B else None  # (out, r)
         return dx, dy, dA, dB, None
 
 
@@ -68,7 +68,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.active:
             return y
-        return LowRank.apply(F.dropout(x, self.dropout, self.training), y, self.lora_A, self.lora_B, self.scaling)
+        return LowRank.apply(
+            F.dropout(x, self.dropout, self.training), y, self.lora_A, self.lora_B, self.scaling
+        )
 
     def delta(self) -> torch.Tensor:
         """scaling * B A in the adapter's dtype, (out, in)."""
@@ -118,14 +120,26 @@ class LoRA(Method):
             layer = layers[path]
             tied = layer is model.head and model.head.weight is model.embed.weight
             if tied:
-                raise ValueError(f"{path} is tied to the embedding, which a low-rank branch on one of the two would "
-                                 "untie; leave it out of target_modules")
+                raise ValueError(
+                    f"{path} is tied to the embedding, which a low-rank branch on one of the two would "
+                    "untie; leave it out of target_modules"
+                )
             if self.r > min(layer.in_features, layer.out_features):
-                raise ValueError(f"r is {self.r}, above the smaller side of {path} ({layer.out_features} x "
-                                 f"{layer.in_features}); a rank this high is no longer low, use at most "
-                                 f"{min(layer.in_features, layer.out_features)}")
-            sites.append(Site(path, rule, (layer.out_features, layer.in_features),
-                              self.r * (layer.in_features + layer.out_features), r=self.r, scaling=self.scaling))
+                raise ValueError(
+                    f"r is {self.r}, above the smaller side of {path} ({layer.out_features} x "
+                    f"{layer.in_features}); a rank this high is no longer low, use at most "
+                    f"{min(layer.in_features, layer.out_features)}"
+                )
+            sites.append(
+                Site(
+                    path,
+                    rule,
+                    (layer.out_features, layer.in_features),
+                    self.r * (layer.in_features + layer.out_features),
+                    r=self.r,
+                    scaling=self.scaling,
+                )
+            )
         return Plan(self, tuple(sites), parameter_count(model), added=True)
 
     def inject(self, model, plan, name, seed):
@@ -135,10 +149,11 @@ class LoRA(Method):
             device = next(base.parameters()).device
             layer = LoRALinear(base, self.r, self.scaling, self.dropout, device)
             layer.train(base.training)
-            bound = layer.in_features**-0.5             # Kaiming-uniform with a = sqrt(5): sqrt(6 / ((1 + 5) in))
+            bound = layer.in_features**-0.5  # Kaiming-uniform with a = sqrt(5): sqrt(6 / ((1 + 5) in))
             if device.type != "meta":
                 start = torch.empty(self.r, layer.in_features).uniform_(
-                    -bound, bound, generator=generator(seed, f"{name}:{site.path}"))
+                    -bound, bound, generator=generator(seed, f"{name}:{site.path}")
+                )
                 layer.lora_A.data.copy_(start)
             replace_layer(model, site.path, layer)
             model.adapters[name].modules[site.path] = layer
@@ -154,7 +169,9 @@ class LoRA(Method):
             exact = weight.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
             merged[path] = (weight.float() + layer.delta().float()).to(weight.dtype)
             if not torch.isfinite(merged[path]).all():
-                raise ValueError(f"merging {name!r} into {path} gives non-finite weights; nothing was changed")
+                raise ValueError(
+                    f"merging {name!r} into {path} gives non-finite weights; nothing was changed"
+                )
             errors[path] = (merged[path].double() - exact).abs().max().item()
         for path, layer in modules.items():
             set_weight(_innermost(layer), merged[path])

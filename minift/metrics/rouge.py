@@ -24,10 +24,16 @@ def rouge(predictions, references, per_row: bool = False) -> dict:
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("predictions and references are lists of texts, one for each row")
     if len(predictions) != len(references) or not len(predictions):
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references; give one reference "
-                         "for each prediction, and at least one row")
-    scores = np.array([[_score(_words(p), _words(r), variant) for variant in VARIANTS]
-                       for p, r in zip(predictions, references, strict=True)])   # (rows, variants, 3)
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references; give one reference "
+            "for each prediction, and at least one row"
+        )
+    scores = np.array(
+        [
+            [_score(_words(p), _words(r), variant) for variant in VARIANTS]
+            for p, r in zip(predictions, references, strict=True)
+        ]
+    )  # (rows, variants, 3)
     if per_row:
         return {variant: scores[:, i] for i, variant in enumerate(VARIANTS)}
     return {variant: tuple(scores[:, i].mean(axis=0).tolist()) for i, variant in enumerate(VARIANTS)}
@@ -42,7 +48,9 @@ def _score(prediction: list[str], reference: list[str], variant: str) -> tuple[f
         overlap, n = lcs_length(prediction, reference), 1
     else:
         n = int(variant.removeprefix("rouge"))
-        counts = [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (prediction, reference)]
+        counts = [
+            Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (prediction, reference)
+        ]
         overlap = (counts[0] & counts[1]).total()
     P = overlap / max(1, len(prediction) - n + 1)
     R = overlap / max(1, len(reference) - n + 1)

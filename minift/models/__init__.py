@@ -2,6 +2,4 @@
 
 from minift.models.llama import Llama, LlamaConfig
 
-MODELS = {
-    "LlamaForCausalLM": (Llama, LlamaConfig),
-}
+MODELS = {"LlamaForCausalLM": (Llama, LlamaConfig)}

@@ -12,10 +12,20 @@ from minift.models.interface import LanguageModel
 
 
 @torch.inference_mode()
-def generate(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
-             top_k: int = 0, top_p: float = 1.0, eos_ids=(), pad_id: int = 0, seed: int = 0,
-             use_cache: bool = True) -> list[list[int]]:
-    """Continue each prompt (token ids) until one of `eos_ids` or `max_new_tokens`; returns the new ids, EOS left out.
+def generate(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_ids=(),
+    pad_id: int = 0,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt (token ids) until one of `eos_ids` or `max_new_tokens`; the new ids, without EOS.
 
     Prompts of different lengths are padded on the left. `use_cache=False` reads the whole text again at
     every step; greedy tokens are the same in fp32.
@@ -25,17 +35,17 @@ def generate(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int
     ids = torch.full((B, longest), pad_id)
     mask = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt):] = torch.tensor(prompt)
-        mask[row, longest - len(prompt):] = 1
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     random = torch.Generator(model.device).manual_seed(seed)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=model.device)
     cache = model.new_cache(B, longest + max_new_tokens) if use_cache else None
     finished = torch.zeros(B, dtype=torch.bool, device=model.device)
-    new, fed = [[] for _ in prompts], ids                                        # fed (B, T): what the model reads next
+    new, fed = [[] for _ in prompts], ids  # fed (B, T): what the model reads next
     for length in range(longest, longest + max_new_tokens):
         hidden = model.backbone(fed, attention_mask=mask[:, :length], cache=cache)
-        token = _choose(model.head(hidden[:, -1]), temperature, top_k, top_p, random)      # (B,)
+        token = _choose(model.head(hidden[:, -1]), temperature, top_k, top_p, random)  # (B,)
         finished |= torch.isin(token, ends)
         if finished.all():
             break
@@ -54,9 +64,9 @@ def _choose(logits, temperature, top_k, top_p, random):
     if top_k:
         ordered[:, top_k:] = float("-inf")
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities                        # mass of the more likely tokens
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)              # keeps the one that reaches top_p
-    chosen = torch.multinomial(probabilities, 1, generator=random)               # (B, 1), weights need not sum to 1
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # keeps the one that reaches top_p
+    chosen = torch.multinomial(probabilities, 1, generator=random)  # (B, 1), weights need not sum to 1
     return tokens.gather(1, chosen)[:, 0]
 
 
@@ -67,9 +77,13 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p):
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if longest + max_new_tokens > context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                         f"{context}; shorten the prompt or lower max_new_tokens")
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{context}; shorten the prompt or lower max_new_tokens"
+        )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or positive and finite")
     if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"top_k is {top_k} and top_p is {top_p}; top_k is 0 (off) or positive, 0 < top_p <= 1")
+        raise ValueError(
+            f"top_k is {top_k} and top_p is {top_p}; top_k is 0 (off) or positive, 0 < top_p <= 1"
+        )

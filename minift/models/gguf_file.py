@@ -11,15 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    shape: tuple[int, ...]      # outermost dimension first
-    kind: int                   # ggml type number
-    data: np.ndarray            # (rows, bytes of a row) uint8, mapped from the file
+    shape: tuple[int, ...]  # outermost dimension first
+    kind: int  # ggml type number
+    data: np.ndarray  # (rows, bytes of a row) uint8, mapped from the file
 
 
 class _Cursor:
@@ -31,7 +43,7 @@ class _Cursor:
     def bytes(self, count: int) -> bytes:
         if self.at + count > len(self.data):
             raise EOFError
-        chunk = self.data[self.at:self.at + count].tobytes()
+        chunk = self.data[self.at : self.at + count].tobytes()
         self.at += count
         return chunk
 
@@ -76,7 +88,7 @@ def read_gguf(path) -> tuple[dict, dict[str, GGUFTensor]]:
         table = []
         for _ in range(tensor_count):
             name, rank = cursor.string(), cursor.scalar("<I")
-            sizes = [cursor.scalar("<Q") for _ in range(rank)]                   # innermost dimension first
+            sizes = [cursor.scalar("<Q") for _ in range(rank)]  # innermost dimension first
             table.append((name, tuple(reversed(sizes)), cursor.scalar("<I"), cursor.scalar("<Q")))
         alignment = metadata.get("general.alignment", 32)
         start = -(-cursor.at // alignment) * alignment
@@ -92,11 +104,12 @@ def read_gguf(path) -> tuple[dict, dict[str, GGUFTensor]]:
             cursor.at = start + offset
             if cursor.at + rows * row_bytes > len(data):
                 raise EOFError
-            packed = data[cursor.at:cursor.at + rows * row_bytes].reshape(rows, row_bytes)
+            packed = data[cursor.at : cursor.at + rows * row_bytes].reshape(rows, row_bytes)
             tensors[name] = GGUFTensor(shape, kind, packed)
     except EOFError:
-        raise ValueError(f"{path} is truncated: it ends at byte {len(data)}, before its contents do; "
-                         "fetch it again") from None
+        raise ValueError(
+            f"{path} is truncated: it ends at byte {len(data)}, before its contents do; fetch it again"
+        ) from None
     except (ValueError, UnicodeDecodeError, struct.error, MemoryError, IndexError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return metadata, tensors
@@ -105,8 +118,9 @@ def read_gguf(path) -> tuple[dict, dict[str, GGUFTensor]]:
 def dequantize(tensor: GGUFTensor, rows) -> np.ndarray:
     """Some rows (a slice or indices) of a tensor as fp32, (rows, width)."""
     from gguf import GGMLQuantizationType, quants
+
     kind = GGMLQuantizationType(tensor.kind)
-    packed = np.array(tensor.data[rows])                                         # a copy: the file is mapped read-only
-    if kind == GGMLQuantizationType.BF16:                                        # the upper half of an fp32
+    packed = np.array(tensor.data[rows])  # a copy: the file is mapped read-only
+    if kind == GGMLQuantizationType.BF16:  # the upper half of an fp32
         return (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return quants.dequantize(packed, kind)

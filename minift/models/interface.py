@@ -20,13 +20,13 @@ class LanguageModel(nn.Module):
     adapter file's keys are the module paths. `adapters` maps the name of each resident adapter to it.
     """
 
-    blocks_path = ""     # where the blocks stand in the module tree, as "model.layers"
-    ignored_keys = ()    # checkpoint keys that this family knows and does not use, as regular expressions
+    blocks_path = ""  # where the blocks stand in the module tree, as "model.layers"
+    ignored_keys = ()  # checkpoint keys that this family knows and does not use, as regular expressions
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.source = ""      # what load_model was asked for
+        self.source = ""  # what load_model was asked for
         self.adapters = {}
 
     @property
@@ -44,7 +44,9 @@ class LanguageModel(nn.Module):
     def tie_weights(self) -> None:
         """Share what the config says is shared; called after parameters were replaced."""
 
-    def backbone(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):
+    def backbone(
+        self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None
+    ):
         """Hidden states (B, T, D) before the head.
 
         input_ids (B, T), or inputs_embeds (B, T, D) in their place. attention_mask (B, S) is 1 on real
@@ -88,8 +90,8 @@ def attend(attention_mask: torch.Tensor | None, T: int) -> torch.Tensor | None:
     if T == 1 and bool(mask.all()):
         return None
     causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
-    itself = torch.eye(S, dtype=torch.bool, device=mask.device)[S - T:]
-    return (causal & mask[:, None, :] | itself)[:, None]                     # (B, 1, T, S)
+    itself = torch.eye(S, dtype=torch.bool, device=mask.device)[S - T :]
+    return (causal & mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
 def is_base_layer(module) -> bool:
@@ -104,7 +106,9 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
         if is_base_layer(module):
             found[path] = module
         else:
-            children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+            children = [
+                (f"{path}.{name}" if path else name, child) for name, child in module.named_children()
+            ]
             stack.extend(reversed(children))
     return found
 

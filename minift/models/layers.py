@@ -23,14 +23,14 @@ class RMSNorm(nn.Module):
 class Normalize(torch.autograd.Function):
     """RMSNorm with its own backward, which keeps x and one number a row; fp32 inside (fp64 for fp64).
 
-        n = x * rstd,   g = dy * weight,   dx = rstd * (g - n * mean(g * n)),   dweight = sum over rows of dy * n
+    n = x * rstd,   g = dy * weight,   dx = rstd * (g - n * mean(g * n)),   dweight = sum over rows of dy * n
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))           # (B, T, 1)
+        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))  # (B, T, 1)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight).to(x.dtype)
 
@@ -48,12 +48,12 @@ class Normalize(torch.autograd.Function):
 
 
 def rotary_tables(position_ids, head_dim: int, theta: float, dtype):
-    """cos and signed sin of position * theta^(-2i/hd) for `rotate`: (B, T) -> two (B, 1, T, hd), made in fp32.
+    """cos and signed sin of position * theta^(-2i/hd) for `rotate`: (B, T) -> two (B, 1, T, hd), from fp32.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponent           # (B, 1, T, hd/2)
+    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, hd/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -61,7 +61,7 @@ def rotary_tables(position_ids, head_dim: int, theta: float, dtype):
 def rotate(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + hd/2}), the split-half layout: x (B, H, T, hd) -> the same shape.
 
-        y_i = x_i cos - x_{i + hd/2} sin,   y_{i + hd/2} = x_{i + hd/2} cos + x_i sin
+    y_i = x_i cos - x_{i + hd/2} sin,   y_{i + hd/2} = x_{i + hd/2} cos + x_i sin
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -75,15 +75,15 @@ class KVCache:
     def __init__(self, blocks: int, B: int, KV: int, capacity: int, hd: int, dtype, device):
         self.keys, self.values = torch.empty(2, blocks, B, KV, capacity, hd, dtype=dtype, device=device)
         self.capacity = capacity
-        self.length = 0       # tokens that every block has seen
+        self.length = 0  # tokens that every block has seen
 
     def update(self, block: int, k, v):
         """Append k and v (B, KV, T, hd) of one block; returns all of its keys and values (B, KV, S, hd)."""
         S = self.length + k.shape[2]
-        if S > self.capacity:
+        if self.capacity < S:
             raise ValueError(f"the KV cache holds {self.capacity} tokens and {S} were given; make it larger")
-        self.keys[block, :, :, self.length:S] = k
-        self.values[block, :, :, self.length:S] = v
+        self.keys[block, :, :, self.length : S] = k
+        self.values[block, :, :, self.length : S] = v
         return self.keys[block, :, :, :S], self.values[block, :, :, :S]
 
     def advance(self, T: int) -> None:

@@ -40,29 +40,44 @@ class LlamaConfig:
             if field.type in (int, float) and not value > 0:
                 raise ValueError(f"config.json: {field.name} is {value}; it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary positions need pairs")
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlamaConfig":
-        """From config.json, old (`rope_theta`) or new (`rope_parameters`) form; what is unsupported raises."""
+        """From config.json, old (`rope_theta`) or new form (`rope_parameters`); the unsupported raises."""
         for name, supported in MUST_BE.items():
             if config.get(name, supported) not in (supported, None):
-                raise ValueError(f"config.json: {name} = {config[name]!r} changes the forward and is not "
-                                 f"supported; supported: {supported!r}")
+                raise ValueError(
+                    f"config.json: {name} = {config[name]!r} changes the forward and is not "
+                    f"supported; supported: {supported!r}"
+                )
         rope = config.get("rope_parameters") or {}
         for table in (rope, config.get("rope_scaling") or {}):
             kind = table.get("rope_type", table.get("type", "default"))
             if kind != "default" or table.get("partial_rotary_factor", 1) != 1:
-                raise ValueError(f"config.json: rotary scaling {table} is not supported; supported: "
-                                 "rope_type 'default' over the whole head")
+                raise ValueError(
+                    f"config.json: rotary scaling {table} is not supported; supported: "
+                    "rope_type 'default' over the whole head"
+                )
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        missing = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if n not in values]
+        missing = [
+            n
+            for n in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+            if n not in values
+        ]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -71,13 +86,25 @@ class LlamaConfig:
     def to_hf(self) -> dict:
         values = asdict(self)
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "attention_bias": False, "mlp_bias": False, "rope_parameters": rope, **values}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_parameters": rope,
+            **values,
+        }
 
 
 # Fields of config.json that change the forward, with the one value that this file computes.
-MUST_BE = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-           "quantization_config": None}
+MUST_BE = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+}
 
 
 class Attention(nn.Module):
@@ -92,13 +119,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, H, T, hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, KV, T, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, KV, T, hd)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(self.index, k, v)                                # (B, KV, S, hd)
-        o = attention(q, k, v, mask)                                             # (B, H, T, hd)
+            k, v = cache.update(self.index, k, v)  # (B, KV, S, hd)
+        o = attention(q, k, v, mask)  # (B, H, T, hd)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -140,7 +167,7 @@ class Llama(LanguageModel):
     """`LlamaForCausalLM` of config.json: backbone as above, head tied to the embedding or not."""
 
     blocks_path = "model.layers"
-    ignored_keys = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)     # recomputed from rope_theta
+    ignored_keys = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from rope_theta
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -155,15 +182,22 @@ class Llama(LanguageModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def backbone(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds    # (B, T, D)
+    def backbone(
+        self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None
+    ):
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T, past = x.shape[1], 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape[1] != past + T:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; the cache holds {past} "
-                             f"and {T} are new")
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens; the cache holds {past} "
+                f"and {T} are new"
+            )
         if position_ids is None:
-            position_ids = (torch.arange(past, past + T, device=x.device)[None] if attention_mask is None
-                            else positions(attention_mask, T))
+            position_ids = (
+                torch.arange(past, past + T, device=x.device)[None]
+                if attention_mask is None
+                else positions(attention_mask, T)
+            )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = attend(attention_mask, T)
         for block in self.model.layers:
@@ -174,7 +208,9 @@ class Llama(LanguageModel):
 
     def new_cache(self, B: int, capacity: int) -> KVCache:
         c, weight = self.config, self.embed.weight
-        return KVCache(c.num_hidden_layers, B, c.num_key_value_heads, capacity, c.head_dim, weight.dtype, weight.device)
+        return KVCache(
+            c.num_hidden_layers, B, c.num_key_value_heads, capacity, c.head_dim, weight.dtype, weight.device
+        )
 
 
 # GGUF: metadata keys and tensor names of the same architecture (gguf-py's MODEL_ARCH.LLAMA).
@@ -235,7 +271,9 @@ def gguf_rows(name: str, config: LlamaConfig) -> torch.Tensor | None:
 
     Stored row (head, i, half) is wanted at (head, half, i); None for tensors stored as they are.
     """
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
     if heads is None:
         return None
     rows = torch.arange(heads * config.head_dim)

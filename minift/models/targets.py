@@ -44,8 +44,10 @@ def match(model: LanguageModel, target_modules, exclude_modules=(), layers=()) -
             found[path] = rule
     for rule in target_modules:
         if not any(path in found for path in hits(rule)):
-            raise ValueError(f"target_modules {[rule]} match only layers that exclude_modules "
-                             f"{list(exclude_modules)} or layers_to_transform {list(layers)} leave out")
+            raise ValueError(
+                f"target_modules {[rule]} match only layers that exclude_modules "
+                f"{list(exclude_modules)} or layers_to_transform {list(layers)} leave out"
+            )
     return found
 
 
@@ -57,7 +59,9 @@ def parse_layers(layers, blocks: int) -> set[int] | None:
     for item in layers:
         first, dash, last = str(item).partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"layers_to_transform {item!r} is neither a block number nor a range such as '8-15'")
+            raise ValueError(
+                f"layers_to_transform {item!r} is neither a block number nor a range such as '8-15'"
+            )
         first, last = int(first), int(last) if dash else int(first)
         if first > last or last >= blocks:
             raise ValueError(f"layers_to_transform {item!r} is outside the blocks 0-{blocks - 1}")

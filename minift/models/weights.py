@@ -22,7 +22,7 @@ from torch import nn
 from minift.models import llama
 from minift.models.gguf_file import dequantize, read_gguf
 
-CHUNK_BYTES = 2**24     # of fp32 rows in flight while loading
+CHUNK_BYTES = 2**24  # of fp32 rows in flight while loading
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -36,7 +36,9 @@ class StoredTensor:
 
 def open_folder(folder: Path, files: ExitStack) -> tuple[dict, dict[str, StoredTensor]]:
     """config.json and the tensors of model.safetensors, or of the shards in model.safetensors.index.json."""
-    config = read_json(folder / "config.json", "a Hugging Face model folder holds config.json and *.safetensors")
+    config = read_json(
+        folder / "config.json", "a Hugging Face model folder holds config.json and *.safetensors"
+    )
     index = folder / "model.safetensors.index.json"
     weight_map = read_json(index, "").get("weight_map") if index.exists() else None
     if index.exists() and not isinstance(weight_map, dict):
@@ -72,8 +74,10 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
     """The config that a GGUF file implies and its tensors, under the names of Hugging Face checkpoints."""
     metadata, stored = read_gguf(path)
     if metadata.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: GGUF architecture {metadata.get('general.architecture')!r} is not supported; "
-                         "supported: 'llama'")
+        raise ValueError(
+            f"{path}: GGUF architecture {metadata.get('general.architecture')!r} is not supported; "
+            "supported: 'llama'"
+        )
     config = llama.gguf_config(metadata, {name: t.shape for name, t in stored.items()})
     parsed = llama.LlamaConfig.from_hf(config)
     tensors = {}
@@ -92,23 +96,33 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 
 
 def fill(model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device="cpu") -> None:
-    """Give a meta-device model its weights, each rounded once to `dtype`. All or nothing: errors come first."""
-    parameters = dict(model.named_parameters())                                  # a tied head appears once
-    tensors = {name: t for name, t in tensors.items()
-               if not any(re.fullmatch(pattern, name) for pattern in model.ignored_keys)}
+    """Give a meta-device model its weights, each rounded once to `dtype`."""
+    parameters = dict(model.named_parameters())  # a tied head appears once
+    tensors = {
+        name: t
+        for name, t in tensors.items()
+        if not any(re.fullmatch(pattern, name) for pattern in model.ignored_keys)
+    }
     _check_tied_copies(model, parameters, tensors)
     missing, unexpected = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or unexpected:
-        raise ValueError("the checkpoint does not fit the model:" + (f" missing {_some(missing)}" if missing else "")
-                         + (f" unexpected {_some(unexpected)}" if unexpected else ""))
+        raise ValueError(
+            "the checkpoint does not fit the model:"
+            + (f" missing {_some(missing)}" if missing else "")
+            + (f" unexpected {_some(unexpected)}" if unexpected else "")
+        )
     for name, parameter in parameters.items():
         if tensors[name].shape != tuple(parameter.shape):
-            raise ValueError(f"{name} has shape {tensors[name].shape} in the checkpoint; "
-                             f"the config asks for {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{name} has shape {tensors[name].shape} in the checkpoint; "
+                f"the config asks for {tuple(parameter.shape)}"
+            )
     for name, parameter in parameters.items():
         owner, _, attribute = name.rpartition(".")
         filled = _read(name, tensors[name], dtype, device)
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=parameter.requires_grad))
+        setattr(
+            model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=parameter.requires_grad)
+        )
     model.tie_weights()
 
 
@@ -134,7 +148,7 @@ def _chunks(source: StoredTensor):
 
 
 def _check_tied_copies(model, parameters, tensors) -> None:
-    """Some checkpoints store a tied head beside its embedding: accept an equal copy, refuse another matrix."""
+    """Some checkpoints store a tied head beside its embedding: accept an equal copy, refuse another."""
     names = {id(p): name for name, p in parameters.items()}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         name = names[id(parameter)]
@@ -142,9 +156,12 @@ def _check_tied_copies(model, parameters, tensors) -> None:
             continue
         copy, original = tensors.pop(alias), tensors[name]
         same = copy.shape == original.shape and all(
-            torch.equal(a, b) for (_, a), (_, b) in zip(_chunks(copy), _chunks(original), strict=True))
+            torch.equal(a, b) for (_, a), (_, b) in zip(_chunks(copy), _chunks(original), strict=True)
+        )
         if not same:
-            raise ValueError(f"config.json ties {alias} to {name}, but the checkpoint stores different weights")
+            raise ValueError(
+                f"config.json ties {alias} to {name}, but the checkpoint stores different weights"
+            )
 
 
 def write_folder(folder, config: dict, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def plot_loss(records: list[dict], path) -> bool:
-    """loss.png from log records with `step` and `loss`: each step and a running mean. False without matplotlib."""
+    """Records with `step` and `loss` as a picture: each step, a running mean. False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def plot_loss(records: list[dict], path) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
-    axes.plot(steps[window - 1:], smooth, color="tab:blue", linewidth=2, label=f"mean of {window} steps")
+    axes.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="loss, nats per supervised token", title="training loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -17,7 +17,7 @@ import torch
 
 from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
 
-MOMENTS = ("exp_avg", "exp_avg_sq")      # of torch.optim.AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -26,7 +26,9 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
 
 
-def save_checkpoint(output: Path, step: int, parameters: dict, optimizer, config: dict, keep: int = 2) -> Path:
+def save_checkpoint(
+    output: Path, step: int, parameters: dict, optimizer, config: dict, keep: int = 2
+) -> Path:
     """Save after `step` finished steps and retire all but the newest `keep`."""
     target = output / f"checkpoint-{step}"
     tensors = {}
@@ -55,27 +57,39 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> 
     The configuration must be the one that the checkpoint was made with, field by field.
     """
     state = read_json(folder / "state.json", "")
-    changed = {key for key in state["config"].keys() | config.keys()
-               if state["config"].get(key) != json.loads(json.dumps(config.get(key)))}
+    changed = {
+        key
+        for key in state["config"].keys() | config.keys()
+        if state["config"].get(key) != json.loads(json.dumps(config.get(key)))
+    }
     if changed:
-        was = ", ".join(f"{key} = {state['config'].get(key)!r} (now {config.get(key)!r})" for key in sorted(changed))
-        raise ValueError(f"{folder} was made with {was}; resume with the same configuration, or start afresh "
-                         "with --overwrite")
+        was = ", ".join(
+            f"{key} = {state['config'].get(key)!r} (now {config.get(key)!r})" for key in sorted(changed)
+        )
+        raise ValueError(
+            f"{folder} was made with {was}; resume with the same configuration, or start afresh "
+            "with --overwrite"
+        )
     with ExitStack() as files:
         opened = open_safetensors(folder / "state.safetensors", files)
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    wanted = {f"{kind}:{name}" for name in parameters for kind in ("parameter", *(MOMENTS if state["step"] else ()))}
+    wanted = {
+        f"{kind}:{name}" for name in parameters for kind in ("parameter", *(MOMENTS if state["step"] else ()))
+    }
     if wanted != tensors.keys():
         raise ValueError(f"{folder} does not fit this model: {sorted(wanted ^ tensors.keys())[:3]} differ")
     for name, parameter in parameters.items():
         if tensors[f"parameter:{name}"].shape != parameter.shape:
-            raise ValueError(f"{folder}: {name} has shape {tuple(tensors[f'parameter:{name}'].shape)}, "
-                             f"the model's is {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensors[f'parameter:{name}'].shape)}, "
+                f"the model's is {tuple(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter:{name}"])
             if state["step"]:
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(state["step"])),
-                    **{moment: tensors[f"{moment}:{name}"].to(parameter.device) for moment in MOMENTS}}
+                    **{moment: tensors[f"{moment}:{name}"].to(parameter.device) for moment in MOMENTS},
+                }
     return state["step"]

@@ -13,12 +13,21 @@ from minift.models.weights import write_folder, write_text
 from minift.training.checkpoint import checkpoints
 from minift.training.log import read_log
 
-WRITTEN = ("config.json", "plan.txt", "log.jsonl", "metrics.json", "loss.png", "adapter_config.json",
-           "adapter_model.safetensors", "model/config.json", "model/model.safetensors")
+WRITTEN = (
+    "config.json",
+    "plan.txt",
+    "log.jsonl",
+    "metrics.json",
+    "loss.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model/config.json",
+    "model/model.safetensors",
+)
 
 
 def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
-    """Make the folder writable and empty of other runs, or say why not. Overwriting removes what a run wrote."""
+    """Make the folder ready and empty of other runs, or say why not. Overwriting removes what a run wrote."""
     if overwrite and resume:
         raise ValueError("give one of --overwrite and --resume, not both")
     if output.exists() and not output.is_dir():
@@ -29,8 +38,10 @@ def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
         if not checkpoints(output):
             raise ValueError(f"{output} holds no checkpoint to resume from")
     elif output.exists() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"output {output} already holds files; give another folder, --overwrite to replace the "
-                         "run in it, or --resume to go on with it")
+        raise ValueError(
+            f"output {output} already holds files; give another folder, --overwrite to replace the "
+            "run in it, or --resume to go on with it"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / ".writable", "")
@@ -51,7 +62,9 @@ def save_trained(model: LanguageModel, output: Path) -> None:
     if model.adapters[name].plan.added:
         save_adapter(model, output, name)
     else:
-        write_folder(output / "model", model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype)
+        write_folder(
+            output / "model", model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype
+        )
 
 
 def keep_until(log: Path, step: int) -> None:
@@ -61,7 +74,7 @@ def keep_until(log: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def interruptible():
-    """Turn the first Ctrl-C into a flag that the loop reads after a whole step; the second one interrupts at once."""
+    """Turn the first Ctrl-C into a flag, read after a whole step; the second one interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag

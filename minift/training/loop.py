@@ -20,70 +20,32 @@ from minift.methods.base import trainable
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
-from minift.optim.schedule import SCHEDULES, lr_at
+from minift.optim.schedule import lr_at
 from minift.reports.plots import plot_loss
 from minift.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from minift.training.folder import interruptible, keep_until, open_output, save_trained
-from minift.training.log import Log, peak_memory_mib, read_log
+from minift.training.log import Log, peak_memory_mib, read_log, release_free_memory
 from minift.training.objective import Objective
+from minift.training.settings import TrainConfig
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    output: str = "out"
-    """Folder of the run; it must be empty or absent unless overwrite or resume is asked for."""
-    epochs: int = 1
-    """Passes over the rows."""
-    max_steps: int = 0
-    """Stop after this many steps; 0 means after the epochs."""
-    batch_size: int = 8
-    """Rows of one optimizer step, the effective batch."""
-    micro_batch_tokens: int = 1024
-    """Most tokens, padding included, of one forward and backward; sets memory and speed, not the gradient."""
-    learning_rate: float = 2e-4
-    schedule: str = "cosine"
-    """cosine, linear or constant, after the warm-up."""
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this 2-norm; 0 means never."""
-    max_length: int = 1024
-    """Most tokens of a row; a longer row is an error."""
-    template: str = "none"
-    """none: prompt and completion as they stand; chat: as a user turn and its answer."""
-    seed: int = 0
-    """Data order and dropout."""
-    eval_every: int = 0
-    """Steps between evaluations of the validation rows; 0 means only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 means only when interrupted."""
-    log_every: int = 10
-    """Steps between printed lines where there is no terminal; log.jsonl gets every step."""
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"train.learning_rate is {self.learning_rate}; it must be positive and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"train.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}")
+TRIM_EVERY = 5  # steps
 
 
 class NonFiniteLoss(ValueError):
     """The loss or its gradient is not a number: no parameter was changed by that step."""
 
 
-def train(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None, *, valid=None,
-          overwrite: bool = False, resume: bool = False, quiet: bool = False) -> dict:
+def train(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    data,
+    config: TrainConfig | None = None,
+    *,
+    valid=None,
+    overwrite: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
+) -> dict:
     """Train what `minift.apply` made trainable; returns the run's metrics, which metrics.json holds too.
 
     `data` and `valid` are JSONL files or lists of rows with prompt and completion. Writes config.json,
@@ -94,8 +56,10 @@ def train(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig 
     if not parameters:
         raise ValueError("nothing is trainable; call minift.apply(model, method) first")
     if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(f"train.max_length {config.max_length} is above the model's context of "
-                         f"{model.config.max_position_embeddings} tokens")
+        raise ValueError(
+            f"train.max_length {config.max_length} is above the model's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
     examples = encode(tokenizer, data, config)
     held_out = encode(tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)
@@ -104,10 +68,23 @@ def train(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig 
     plan = list(model.adapters.values())[-1].plan
     write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
 
-    optimizer = torch.optim.AdamW(list(parameters.values()), betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=model.device.type in ("cpu", "cuda"))
-    run = Run(Objective(model), parameters, optimizer, examples, held_out, tokenizer.pad_id, config, output,
-              _resume_key(recorded, examples))
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()),
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+    run = Run(
+        Objective(model),
+        parameters,
+        optimizer,
+        examples,
+        held_out,
+        tokenizer.pad_id,
+        config,
+        output,
+        _resume_key(recorded, examples),
+    )
     first = 0
     if resume:
         first = load_checkpoint(checkpoints(output)[-1], parameters, optimizer, run.key)
@@ -135,7 +112,7 @@ class Run:
     pad_id: int
     config: TrainConfig
     output: Path
-    key: dict       # what a checkpoint must have been made with
+    key: dict  # what a checkpoint must have been made with
 
     @property
     def steps_per_epoch(self) -> int:
@@ -149,14 +126,14 @@ class Run:
         """The rows of a step: a function of (seed, step) alone."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(self.examples), self.config.seed, epoch)
-        return [self.examples[i] for i in order[within * self.config.batch_size:][:self.config.batch_size]]
+        return [self.examples[i] for i in order[within * self.config.batch_size :][: self.config.batch_size]]
 
     def steps(self, first: int, log: Log) -> None:
         """The loop. Stops before a step whose loss is not finite, and after the step in which Ctrl-C came."""
         config = self.config
         with interruptible() as interrupted:
             for step in range(first, self.total):
-                torch.manual_seed(config.seed * 2**32 + step)                    # dropout of this step
+                torch.manual_seed(config.seed * 2**32 + step)  # dropout of this step
                 batch = self.batch(step)
                 try:
                     loss, norm = self.gradients(batch, step)
@@ -168,31 +145,53 @@ class Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 done = step + 1
-                log.step(step, sum(map(len, batch)), self.objective.model.device,
-                         epoch=round(done / self.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
+                log.step(
+                    step,
+                    sum(map(len, batch)),
+                    self.objective.model.device,
+                    epoch=round(done / self.steps_per_epoch, 4),
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm,
+                )
+                if done % TRIM_EVERY == 0:
+                    release_free_memory()
                 if interrupted.is_set():
                     raise KeyboardInterrupt(self.stop(done, "interrupted"))
-                if self.held_out and config.eval_every and done % config.eval_every == 0 and done < self.total:
+                if (
+                    self.held_out
+                    and config.eval_every
+                    and done % config.eval_every == 0
+                    and done < self.total
+                ):
                     log.write({"step": done, "eval_loss": self.evaluate()})
                 if config.save_every and done % config.save_every == 0 and done < self.total:
                     save_checkpoint(self.output, done, self.parameters, self.optimizer, self.key)
 
     def gradients(self, batch: list, step: int) -> tuple[float, float]:
-        """Accumulate the gradient of the mean loss over the batch's tokens, clip it; (loss, norm before clipping)."""
+        """Accumulate the gradient of the batch's mean loss per token, clip it; (loss, norm before that)."""
         batch_tokens = sum(example.supervised for example in batch)
         mean = 0.0
         for part in micro_batches(batch, self.config.micro_batch_tokens):
             loss_sum, _ = self.objective(collate(part, self.pad_id, self.objective.model.device))
             loss = loss_sum / batch_tokens
             if not torch.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss.item()} at step {step + 1}, in the rows {_where(part)}")
+                raise NonFiniteLoss(
+                    f"the loss is {loss.item()} at step {step + 1}, in the rows {_where(part)}"
+                )
             loss.backward()
             mean += loss.item()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
-            bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-            raise NonFiniteLoss(f"the gradient of {bad[0] if bad else 'all parameters together'} is not finite at "
-                                f"step {step + 1}, in the rows {_where(batch)}")
+            bad = [
+                name
+                for name, p in self.parameters.items()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
+            raise NonFiniteLoss(
+                f"the gradient of {bad[0] if bad else 'all parameters together'} is not finite at "
+                f"step {step + 1}, in the rows {_where(batch)}"
+            )
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
         return mean, norm.item()
@@ -205,33 +204,54 @@ class Run:
         """Save where the run stands; the sentence that says so."""
         kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key)
         save_trained(self.objective.model, self.output)
-        return (f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and {kept.name} "
-                "to go on from with --resume")
+        return (
+            f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and "
+            f"{kept.name} to go on from with --resume"
+        )
 
 
 def _describe(model, data, valid, config) -> dict:
     """The resolved configuration, in the form that `minift train` reads."""
     method = list(model.adapters.values())[-1].method
-    paths = {name: str(value) for name, value in (("data", data), ("valid", valid)) if isinstance(value, str | Path)}
-    return {"model": model.source, "dtype": str(model.embed.weight.dtype).removeprefix("torch."), **paths,
-            "method": {"name": method.name, **asdict(method)}, "train": asdict(config)}
+    paths = {
+        name: str(value)
+        for name, value in (("data", data), ("valid", valid))
+        if isinstance(value, str | Path)
+    }
+    return {
+        "model": model.source,
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        **paths,
+        "method": {"name": method.name, **asdict(method)},
+        "train": asdict(config),
+    }
 
 
 def _resume_key(recorded: dict, examples: list) -> dict:
     """What must not change between the parts of a resumed run."""
-    free = ("output", "log_every", "save_every", "eval_every")   # they do not touch the trained numbers
+    free = ("output", "log_every", "save_every", "eval_every")  # they do not touch the trained numbers
     train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
     method = {f"method.{name}": value for name, value in recorded["method"].items()}
     digest = hashlib.sha256(json.dumps([e.ids for e in examples]).encode()).hexdigest()
-    return {"model": recorded["model"], "dtype": recorded["dtype"], "tokens_sha256": digest, **method, **train}
+    return {
+        "model": recorded["model"],
+        "dtype": recorded["dtype"],
+        "tokens_sha256": digest,
+        **method,
+        **train,
+    }
 
 
 def _summarize(run: Run, log: Log, output: Path) -> dict:
     """metrics.json and loss.png."""
     records = [r for r in read_log(output / "log.jsonl") if "loss" in r]
-    metrics = {"steps": run.total, "train_loss": records[-1]["loss"] if records else None,
-               "train_seconds": round(log.elapsed, 2), "tokens_per_second": round(log.tokens / max(log.elapsed, 1e-9), 1),
-               "peak_memory_mib": round(peak_memory_mib(run.objective.model.device))}
+    metrics = {
+        "steps": run.total,
+        "train_loss": records[-1]["loss"] if records else None,
+        "train_seconds": round(log.elapsed, 2),
+        "tokens_per_second": round(log.tokens / max(log.elapsed, 1e-9), 1),
+        "peak_memory_mib": round(peak_memory_mib(run.objective.model.device)),
+    }
     if run.held_out:
         metrics["eval_loss"] = run.evaluate()
         metrics["eval_perplexity"] = perplexity(metrics["eval_loss"], 1)
@@ -242,8 +262,11 @@ def _summarize(run: Run, log: Log, output: Path) -> dict:
 
 def encode(tokenizer: Tokenizer, data, config: TrainConfig) -> list:
     """Examples from a JSONL file or a list of rows."""
-    rows = read_rows(data) if isinstance(data, str | Path) else [
-        check_row(row, f"row {i}") for i, row in enumerate(data)]
+    rows = (
+        read_rows(data)
+        if isinstance(data, str | Path)
+        else [check_row(row, f"row {i}") for i, row in enumerate(data)]
+    )
     if not rows:
         raise ValueError("the list of rows is empty; training needs at least one row")
     return [encode_row(tokenizer, row, config.template, config.max_length) for row in rows]
@@ -266,7 +289,11 @@ def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_to
     return nats / tokens
 
 
-def evaluate_loss(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None) -> float:
-    """Mean nats per completion token (EOS included) of a JSONL file or list of rows; exp of it is the perplexity."""
+def evaluate_loss(
+    model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None
+) -> float:
+    """Mean nats per completion token (EOS included) of a file or list of rows; exp is the perplexity."""
     config = config or TrainConfig()
-    return _mean_nats(Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_tokens)
+    return _mean_nats(
+        Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_tokens
+    )

@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from minift.data.collate import IGNORED
 from minift.models.interface import LanguageModel
 
-CHUNK = 1024     # supervised positions whose logits are alive at once
+CHUNK = 1024  # supervised positions whose logits are alive at once
 
 
 class Objective(nn.Module):
-    """loss sum = -sum over supervised positions of log softmax(head(h_t))[token_{t+1}], in nats, and their number.
+    """(-sum over supervised positions of log softmax(head(h_t))[token_{t+1}] in nats, their number).
 
     The one module that is wrapped (DDP, FSDP, compile): calling parts of a wrapped model from the loop would
     give wrong gradients on several ranks without a word. Logits are (N, V) for the N supervised positions,
@@ -24,17 +24,19 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        hidden = self.model.backbone(batch["input_ids"], attention_mask=batch["attention_mask"])   # (B, T, D)
-        targets = batch["labels"][:, 1:]                                         # position t predicts token t + 1
-        supervised = targets != IGNORED                                          # (B, T - 1)
-        hidden, targets = hidden[:, :-1][supervised], targets[supervised]        # (N, D), (N,)
+        hidden = self.model.backbone(batch["input_ids"], attention_mask=batch["attention_mask"])  # (B, T, D)
+        targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+        supervised = targets != IGNORED  # (B, T - 1)
+        hidden, targets = hidden[:, :-1][supervised], targets[supervised]  # (N, D), (N,)
         if len(targets) <= CHUNK or not torch.is_grad_enabled():
             chunks = [self._nll(h, y) for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
-        else:                                                                    # recompute logits in backward
-            chunks = [checkpoint(self._nll, h, y, use_reentrant=False)
-                      for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
+        else:  # recompute logits in backward
+            chunks = [
+                checkpoint(self._nll, h, y, use_reentrant=False)
+                for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+            ]
         return torch.stack(chunks).sum(), len(targets)
 
     def _nll(self, hidden, targets):
-        logits = self.model.head(hidden)                                         # (N, V)
+        logits = self.model.head(hidden)  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum")

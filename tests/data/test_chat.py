@@ -11,7 +11,7 @@ from minift.data.chat import render
 TURNS = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Hello"}]
 CHATML = """{% for m in messages %}
 <|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}
-{% endfor %}
+  {% endfor %}
 {% if add_generation_prompt %}
 <|assistant|>
 {%- endif %}"""
@@ -45,8 +45,10 @@ def test_tojson_keeps_other_scripts_and_markup_as_they_are():
 
 
 def test_a_loop_may_break_and_continue():
-    template = ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}"
-                "{{ i }}{% endfor %}")
+    template = (
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}"
+        "{{ i }}{% endfor %}"
+    )
     assert render(template, [], False) == "023"
 
 
@@ -77,8 +79,15 @@ def test_an_attack_is_an_error(template):
     assert messages == TURNS
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__ }}", "{{ ''|attr('__class__') }}",
-                                      "{{ raise_exception.__globals__ }}", "{{ lipsum.__globals__ }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ lipsum.__globals__ }}",
+    ],
+)
 def test_a_hidden_attribute_alone_shows_nothing(template):
     assert render(template, TURNS, False) == ""
 

@@ -78,7 +78,8 @@ def test_a_split_keeps_modules_apart_and_takes_few_rows_of_each(names, held_out,
     assert max(taken.values(), default=0) <= HELD_OUT_PER_MODULE
     assert len(test) == held_out or (len(test) < held_out and not train)
     assert sorted(row["prompt"] for row in train) == [
-        row["prompt"] for row in all_rows if row["module"] in {t["module"] for t in train}]
+        row["prompt"] for row in all_rows if row["module"] in {t["module"] for t in train}
+    ]
     assert not taken.keys() & {row["module"] for row in train}
     assert split(all_rows, held_out, seed) == (train, test)
 
@@ -173,8 +174,17 @@ def test_functions_without_docstring_or_without_anything_else_give_no_row(librar
     assert pairs() == []
 
 
-@pytest.mark.parametrize("name", ["test/sums.py", "a/tests/sums.py", "site-packages/sums.py", "sums.txt",
-                                  "idlelib/sums.py", "test_sums.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test/sums.py",
+        "a/tests/sums.py",
+        "site-packages/sums.py",
+        "sums.txt",
+        "idlelib/sums.py",
+        "test_sums.py",
+    ],
+)
 def test_tests_and_installed_packages_are_left_out(library, name):
     library(name, function("add", "Return the name and the sum."))
     library("other.py", function("plus", "Return the name and the sum again."))
@@ -201,19 +211,29 @@ def test_rows_are_sorted_by_module_and_line(library):
     method = indented(function("first", "Return what stands in the first lines."))
     library("a.py", f"class Sums:\n{method}\n{function('second', 'Return what stands further down.')}")
     assert [(r["module"], r["completion"]) for r in pairs()] == [
-        ("a", "Return what stands in the first lines."), ("a", "Return what stands further down."),
-        ("b", "Return the name and the sum.")]
+        ("a", "Return what stands in the first lines."),
+        ("a", "Return what stands further down."),
+        ("b", "Return the name and the sum."),
+    ]
 
 
 def test_rows_do_not_depend_on_the_order_of_sets(library, tmp_path):
     for name in "abcdef":
-        library(f"{name}.py", "".join(function(f"{name}{i}", f"Return number {i} of {name} in words.")
-                                      for i in range(4)))
-    program = ("import sys, types; from minift.data import stdlib_docstrings as s;"
-               "s.sysconfig = types.SimpleNamespace(get_paths=lambda: {'stdlib': sys.argv[1]});"
-               "print(s.split(s.pairs(), 5))")
+        library(
+            f"{name}.py",
+            "".join(function(f"{name}{i}", f"Return number {i} of {name} in words.") for i in range(4)),
+        )
+    program = (
+        "import sys, types; from minift.data import stdlib_docstrings as s;"
+        "s.sysconfig = types.SimpleNamespace(get_paths=lambda: {'stdlib': sys.argv[1]});"
+        "print(s.split(s.pairs(), 5))"
+    )
     command = [sys.executable, "-B", "-c", program, str(tmp_path)]
-    runs = {subprocess.run(command, capture_output=True, text=True, check=True,
-                           env={"PYTHONHASHSEED": str(seed)}).stdout for seed in range(3)}
+    runs = {
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": str(seed)}
+        ).stdout
+        for seed in range(3)
+    }
     assert runs == {f"{split(pairs(), 5)}\n"}
     assert len(pairs()) == 24

@@ -21,9 +21,15 @@ def backend() -> Backend:
     bpe = Backend(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=SPECIAL,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return bpe
 
 
@@ -39,7 +45,8 @@ def save(folder, bpe: Backend, **files):
 def tokenizer(tmp_path_factory):
     bpe = backend()
     bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATE}
     return from_folder(save(tmp_path_factory.mktemp("tokenizer"), bpe, tokenizer_config=settings))
 
@@ -51,10 +58,16 @@ def metadata():
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
     types = [3 if i < len(SPECIAL) else 1 for i in range(len(tokens))]
     types[END] = 4
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": [" ".join(m) for m in bpe["merges"]],
-            "tokenizer.ggml.bos_token_id": BOS, "tokenizer.ggml.eos_token_id": EOS,
-            "tokenizer.chat_template": TEMPLATE}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(m) for m in bpe["merges"]],
+        "tokenizer.ggml.bos_token_id": BOS,
+        "tokenizer.ggml.eos_token_id": EOS,
+        "tokenizer.chat_template": TEMPLATE,
+    }
 
 
 @settings(max_examples=200)
@@ -65,7 +78,7 @@ def test_decoding_undoes_encoding(tokenizer, text):
 
 @given(st.lists(st.sampled_from(SPECIAL) | st.text(max_size=5)).map("".join))
 def test_decoding_everything_undoes_encoding_with_special_tokens_inside(tokenizer, text):
-    assume(not text.startswith("<s><s>"))       # two BOS become one
+    assume(not text.startswith("<s><s>"))  # two BOS become one
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
@@ -113,9 +126,15 @@ def test_bos_eos_and_pad_are_read_from_each_form(tmp_path, files):
 
 
 def test_every_eos_id_counts_and_that_of_the_tokenizer_comes_first(tmp_path):
-    tokenizer = from_folder(save(tmp_path, backend(), tokenizer_config={"eos_token": "<end>"},
-                                 config={"eos_token_id": [EOS, END]}))
-    assert tokenizer.eos_ids == (END, EOS)
+    tokenizer = from_folder(
+        save(
+            tmp_path,
+            backend(),
+            tokenizer_config={"eos_token": "<end>"},
+            config={"eos_token_id": [EOS, END, PAD]},
+        )
+    )
+    assert tokenizer.eos_ids == (END, EOS, PAD)
 
 
 @pytest.mark.parametrize("config, pad", [({"eos_token_id": [EOS, END]}, EOS), ({}, 0)], ids=["eos", "none"])
@@ -200,8 +219,25 @@ def test_smollm_splits_digits_and_gpt2_does_not(metadata):
     assert smollm.encode("12") == [vocabulary["1"], vocabulary["2"]]
 
 
-@pytest.mark.parametrize("change", [{"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.model": None},
-                                    {"tokenizer.ggml.pre": "llama-bpe"}], ids=str)
+def test_a_merge_does_not_reach_over_the_border_of_a_word(metadata):
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [*metadata["tokenizer.ggml.merges"], "a !"]
+    gguf = from_gguf(
+        {
+            **metadata,
+            "tokenizer.ggml.tokens": [*tokens, "a!"],
+            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.token_type": [*types, 1],
+        }
+    )
+    assert gguf.encode("a!") == [tokens.index("a"), tokens.index("!")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.model": None}, {"tokenizer.ggml.pre": "llama-bpe"}],
+    ids=str,
+)
 def test_an_unknown_kind_of_gguf_tokenizer_is_refused_by_name(metadata, change):
     named = next(iter(change.values()))
     with pytest.raises(ValueError, match=f"{named!r}.* is not supported; .*'smollm', 'gpt-2'"):

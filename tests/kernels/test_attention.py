@@ -4,13 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutants import survives
 
 from minift.kernels import attention as kernel
 from minift.kernels.attention import CPUAttention, attention, attention_ref
-from mutants import survives
 
-SHAPES = [(1, 1, 1, 1, 1, 2), (2, 4, 2, 7, 7, 8), (1, 9, 3, 33, 33, 16), (3, 2, 1, 1, 5, 4), (2, 6, 2, 3, 11, 8),
-          (1, 4, 4, 150, 150, 8)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 2),
+    (2, 4, 2, 7, 7, 8),
+    (1, 9, 3, 33, 33, 16),
+    (3, 2, 1, 1, 5, 4),
+    (2, 6, 2, 3, 11, 8),
+    (1, 4, 4, 150, 150, 8),
+]
 
 
 def inputs(shape, dtype, seed=0):
@@ -26,8 +32,8 @@ def inputs(shape, dtype, seed=0):
 def left_padding(B, T, S):
     """The first row whole, the others with their first keys padded; every query sees itself."""
     real = torch.ones(B, S, dtype=torch.bool)
-    real[1:, :S // 3] = False
-    itself = torch.eye(S, dtype=torch.bool)[S - T:]
+    real[1:, : S // 3] = False
+    itself = torch.eye(S, dtype=torch.bool)[S - T :]
     return (kernel.causal_mask(T, S) & real[:, None] | itself)[:, None]
 
 
@@ -35,8 +41,8 @@ def bounds(q, k, v, do, mask):
     """fp64 results and componentwise error bounds (rounding rules below), (o, dq, dk, dv) each.
 
     Every product accumulates n terms in fp32, gamma(n) = n 2^-24 / (1 - n 2^-24), and is stored with the
-    relative error u of the dtype; exp, sums and divisions of the softmax add 8 * 2^-24. Errors of the inputs of
-    a product pass through it with the absolute values of the other factor (Higham 2002, chapter 3).
+    relative error u of the dtype; exp, sums and divisions of the softmax add 8 * 2^-24. Errors of the inputs
+    of a product pass through it with the absolute values of the other factor (Higham 2002, chapter 3).
     """
     u, G = torch.finfo(q.dtype).eps, q.shape[1] // k.shape[1]
     heads, hd = q.shape[:2], q.shape[-1]
@@ -65,6 +71,7 @@ def bounds(q, k, v, do, mask):
 
     def group(x):
         return x.unflatten(1, (-1, G)).sum(2)
+
     return (o, dq, group(dk), group(dv)), (E_o, E_dq, group(E_dk), group(E_dv))
 
 
@@ -130,7 +137,7 @@ MUTANTS = [
     ("P.transpose(-1, -2) @ do", "dP.transpose(-1, -2) @ do"),
     ("seen = stop + S - T if mask is None else S", "seen = max(1, stop + S - T - 1) if mask is None else S"),
     ("dk[:, :, :seen] += part[1]", "dk[:, :, :seen] = part[1]"),
-    ("masked_fill_(~mask, float(\"-inf\"))", "masked_fill_(~mask, -1.0)"),
+    ('masked_fill_(~mask, float("-inf"))', "masked_fill_(~mask, -1.0)"),
     ("_softmax_backward_data(dP, P, -1, P.dtype)", "_softmax_backward_data(dP, P, -2, P.dtype)"),
     ("dP = do @ v.transpose(-1, -2)", "dP = do @ k.transpose(-1, -2)"),
     ("return dq, dk.to(k.dtype), dv.to(v.dtype), None", "return dq, dv.to(k.dtype), dk.to(v.dtype), None"),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import tiny_llama
 from safetensors.torch import load_file
 
 import minift
-from conftest import tiny_llama
 from minift.methods import METHODS
 from minift.methods.base import parameter_count, trainable
 from minift.models.llama import Llama
@@ -18,7 +18,9 @@ IDS = torch.arange(24).view(2, 12) % 97
 REFUSALS = {}
 
 
-@pytest.fixture(params=[(name, dtype) for name in METHODS for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(name, dtype) for name in METHODS for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def case(request):
     name, dtype = request.param
     if (name, dtype) in REFUSALS:
@@ -40,7 +42,7 @@ def test_starts_as_the_base_model(case):
     minift.apply(model, method)
     if method.identity_at_init == "bitwise" and model.embed.weight.dtype == dtype:
         assert torch.equal(model(IDS), before)
-    else:                       # computed in fp32 from here on: as far off as the base's own dtype rounds
+    else:  # computed in fp32 from here on: as far off as the base's own dtype rounds
         torch.testing.assert_close(model(IDS), before.to(model.embed.weight.dtype), rtol=0.1, atol=0.3)
 
 
@@ -96,6 +98,7 @@ def test_the_start_depends_on_seed_and_path_alone():
         model = tiny_llama()
         minift.apply(model, minift.LoRA(r=2, target_modules=order), seed=seed)
         return {name: p.detach() for name, p in trainable(model).items()}
+
     a, b, c = start(["q_proj", "v_proj"], 3), start(["v_proj", "q_proj"], 3), start(["q_proj", "v_proj"], 4)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert not any(torch.equal(a[n], c[n]) for n in a if n.endswith("lora_A"))
@@ -142,4 +145,7 @@ def test_the_plan_prints_the_table_and_the_known_line():
     assert len(plan.table().split("\n")) == 3
     trained = 4 * (32 + 32) + 4 * (32 + 16)
     share = 100 * trained / plan.total
-    assert plan.totals() == f"trainable params: {trained} || all params: {plan.total:,} || trainable%: {share:.4f}"
+    assert (
+        plan.totals()
+        == f"trainable params: {trained} || all params: {plan.total:,} || trainable%: {share:.4f}"
+    )

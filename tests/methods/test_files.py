@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minift
-from conftest import tiny_llama
 from minift.methods.base import trainable
 from minift.methods.files import fingerprint, lora_from_peft
 
@@ -55,19 +55,37 @@ def test_the_layout_is_that_of_peft(saved):
     assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (3, 48)
     assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].shape == (32, 3)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["use_rslora"] and config["target_modules"] == ["down_proj", "q_proj"]
+    assert (
+        config["peft_type"] == "LORA"
+        and config["use_rslora"]
+        and config["target_modules"] == ["down_proj", "q_proj"]
+    )
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
         assert f.metadata()["format"] == "pt" and float(f.metadata()["minift.scaling"]) == METHOD.scaling
-    assert oct((folder / "adapter_model.safetensors").stat().st_mode & 0o777) in ("0o644", "0o664", "0o600", "0o666")
+    assert oct((folder / "adapter_model.safetensors").stat().st_mode & 0o777) in (
+        "0o644",
+        "0o664",
+        "0o600",
+        "0o666",
+    )
 
 
-@pytest.mark.parametrize("fields, targets, layers", [
-    ({"target_modules": ["all-linear"]}, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-     None),
-    ({"target_modules": ["v_proj"], "layers_to_transform": [1]}, ["v_proj"], [1]),
-    ({"target_modules": ["*.0.self_attn.q_proj", "*.1.mlp.up_proj"]},
-     ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], None),
-])
+@pytest.mark.parametrize(
+    "fields, targets, layers",
+    [
+        (
+            {"target_modules": ["all-linear"]},
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+            None,
+        ),
+        ({"target_modules": ["v_proj"], "layers_to_transform": [1]}, ["v_proj"], [1]),
+        (
+            {"target_modules": ["*.0.self_attn.q_proj", "*.1.mlp.up_proj"]},
+            ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+            None,
+        ),
+    ],
+)
 def test_target_modules_on_disk_mean_exactly_the_adapted_layers(tmp_path, fields, targets, layers):
     model = tiny_llama()
     minift.apply(model, minift.LoRA(r=2, **fields))
@@ -82,15 +100,24 @@ def test_target_modules_on_disk_mean_exactly_the_adapted_layers(tmp_path, fields
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(Q), "lacks 1 tensor.*q_proj.lora_A"),
-    (lambda t: t.update({Q.replace("q_proj", "k_proj"): t[Q].clone()}), "unexpected 1 tensor.*k_proj.lora_A"),
-    (lambda t: t.update({Q: torch.zeros(2, 32)}), r"expected floating-point \(3, 32\)"),
-    (lambda t: t.update({Q: torch.zeros(3, 32, dtype=torch.int8)}), "torch.int8"),
-    (lambda t: t.update({Q: torch.full((3, 32), float("inf"))}), "not finite"),
-    (lambda t: t.update({"somewhere.lora_A.weight": torch.zeros(1)}), "unexpected key somewhere"),
-    (lambda t: t.update({Q.replace("lora_A", "lora_magnitude_vector"): torch.zeros(1)}), "unexpected key"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(Q), "lacks 1 tensor.*q_proj.lora_A"),
+        (
+            lambda t: t.update({Q.replace("q_proj", "k_proj"): t[Q].clone()}),
+            "unexpected 1 tensor.*k_proj.lora_A",
+        ),
+        (lambda t: t.update({Q: torch.zeros(2, 32)}), r"expected floating-point \(3, 32\)"),
+        (lambda t: t.update({Q: torch.zeros(3, 32, dtype=torch.int8)}), "torch.int8"),
+        (lambda t: t.update({Q: torch.full((3, 32), float("inf"))}), "not finite"),
+        (lambda t: t.update({"somewhere.lora_A.weight": torch.zeros(1)}), "unexpected key somewhere"),
+        (
+            lambda t: t.update({Q.replace("lora_A", "lora_magnitude_vector"): torch.zeros(1)}),
+            "unexpected key",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused_and_touch_nothing(saved, change, message):
     _, folder = saved
     change_tensors(folder, change)
@@ -100,15 +127,26 @@ def test_tensors_that_do_not_fit_are_refused_and_touch_nothing(saved, change, me
     assert not fresh.adapters and "lora_A" not in " ".join(dict(fresh.named_parameters()))
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"use_dora": True}, "use_dora = True"), ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-    ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"lora_bias": True}, "lora_bias"), ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow"),
-    ({"bias": "all"}, "bias = 'all'"), ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-    ({"target_modules": ".*q_proj"}, "regular expression"), ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
-    ({"r": 0}, "r is 0"), ({"r": 10**9}, "above the smaller side"), ({"target_modules": ["nope"]}, "match no linear"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"layer_replication": [[0, 1]]}, "layer_replication"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"target_modules": ".*q_proj"}, "regular expression"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+        ({"r": 0}, "r is 0"),
+        ({"r": 10**9}, "above the smaller side"),
+        ({"target_modules": ["nope"]}, "match no linear"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ],
+)
 def test_a_config_field_that_would_change_the_forward_is_refused_by_name(saved, values, message):
     _, folder = saved
     change_config(folder, **values)
@@ -119,17 +157,31 @@ def test_a_config_field_that_would_change_the_forward_is_refused_by_name(saved, 
 def test_what_peft_leaves_out_or_adds_without_meaning_is_accepted(saved):
     minimal = {"peft_type": "LORA", "target_modules": ["q_proj"]}
     assert lora_from_peft(minimal, "x") == minift.LoRA(r=8, alpha=8, target_modules=["q_proj"])
-    method = lora_from_peft({**minimal, "peft_version": "0.21.2", "lora_bias": False, "megatron_core": "megatron.core",
-                             "task_type": None, "layers_to_transform": 3, "init_lora_weights": "gaussian"}, "x")
+    method = lora_from_peft(
+        {
+            **minimal,
+            "peft_version": "0.21.2",
+            "lora_bias": False,
+            "megatron_core": "megatron.core",
+            "task_type": None,
+            "layers_to_transform": 3,
+            "init_lora_weights": "gaussian",
+        },
+        "x",
+    )
     assert method.layers_to_transform == ("3",)
 
 
 def test_names_with_an_adapter_name_inside_load(saved):
     model, folder = saved
-    change_tensors(folder, lambda t: [t.update({k.replace(".weight", ".default.weight"): t.pop(k)}) for k in list(t)])
+    change_tensors(
+        folder, lambda t: [t.update({k.replace(".weight", ".default.weight"): t.pop(k)}) for k in list(t)]
+    )
     fresh = tiny_llama()
     minift.load_adapter(fresh, folder)
-    assert all(torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainable(fresh).values(), trainable(model).values(), strict=True)
+    )
 
 
 def test_another_base_is_refused_unless_asked_for(saved):

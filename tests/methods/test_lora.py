@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from mutants import survives
 from torch import nn
 
 import minift
-from conftest import tiny_llama
 from minift.methods import lora
 from minift.methods.lora import LoRA, LoRALinear, LowRank
-from mutants import survives
 
 IDS = torch.arange(20).view(2, 10) % 97
 
@@ -44,7 +44,12 @@ def check(module):
         y, dense = made(x), F.linear(x, W, made.base.bias)
         dx, dA, dB = torch.autograd.grad(y, (x, made.lora_A, made.lora_B), dy)
         dense_dx, dW = torch.autograd.grad(dense, (x, W), dy)
-        for got, want in ((y, dense), (dx, dense_dx), (dA, 1.5 * made.lora_B.T @ dW), (dB, 1.5 * dW @ made.lora_A.T)):
+        for got, want in (
+            (y, dense),
+            (dx, dense_dx),
+            (dA, 1.5 * made.lora_B.T @ dW),
+            (dB, 1.5 * dW @ made.lora_A.T),
+        ):
             assert got.shape == want.shape and (got - want).abs().max() <= 1e-12 * (1 + want.abs().max())
 
 
@@ -52,17 +57,23 @@ def test_gradients_equal_the_dense_reparameterization():
     check(lora)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("alpha=scaling).view", "alpha=1.0).view"),
-    ("dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling", "dh = dy_rows @ B.to(dy.dtype)"),
-    ("(dy_rows.t() @ h * ctx.scaling)", "(dy_rows.t() @ h)"),
-    ("dA = (dh.t() @ rows)", "dA = (h.t() @ rows)"),
-    ("return dx, dy, dA, dB, None", "return dx, dy, dA, dB * 0, None"),
-    ("return dx, dy, dA, dB, None", "return None, dy, dA, dB, None"),
-    ("dx = (dh @ A.to(dy.dtype))", "dx = (dh @ (A + 1e-9).to(dy.dtype))"),
-    ("h = rows @ A.to(x.dtype).t()", "h = rows @ A.to(torch.float32).to(x.dtype).t()"),
-    ("torch.addmm(y.reshape(-1, y.shape[-1]), h,", "torch.addmm(torch.zeros_like(y.reshape(-1, y.shape[-1])), h,"),
-])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("alpha=scaling).view", "alpha=1.0).view"),
+        ("dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling", "dh = dy_rows @ B.to(dy.dtype)"),
+        ("(dy_rows.t() @ h * ctx.scaling)", "(dy_rows.t() @ h)"),
+        ("dA = (dh.t() @ rows)", "dA = (h.t() @ rows)"),
+        ("return dx, dy, dA, dB, None", "return dx, dy, dA, dB * 0, None"),
+        ("return dx, dy, dA, dB, None", "return None, dy, dA, dB, None"),
+        ("dx = (dh @ A.to(dy.dtype))", "dx = (dh @ (A + 1e-9).to(dy.dtype))"),
+        ("h = rows @ A.to(x.dtype).t()", "h = rows @ A.to(torch.float32).to(x.dtype).t()"),
+        (
+            "torch.addmm(y.reshape(-1, y.shape[-1]), h,",
+            "torch.addmm(torch.zeros_like(y.reshape(-1, y.shape[-1])), h,",
+        ),
+    ],
+)
 def test_mutants_are_noticed(old, new):
     assert not survives(check, lora, old, new)
 
@@ -102,7 +113,7 @@ def test_several_adapters_are_resident_and_only_the_last_trains(tmp_path):
     assert training and all(".q_proj.lora_" in name for name in training)
     with pytest.raises(ValueError, match="merge which adapter"):
         minift.merge(model)
-    minift.save_adapter(model, tmp_path, "first")        # files name the path without wrappers
+    minift.save_adapter(model, tmp_path, "first")  # files name the path without wrappers
     fresh = tiny_llama()
     minift.load_adapter(fresh, tmp_path)
     assert list(fresh.adapters) == ["default"]
@@ -117,7 +128,7 @@ def test_nested_adapters_merge_in_either_order(order):
             nn.init.normal_(made.lora_B, std=0.1)
     want = model(IDS)
     minift.merge(model, order[0])
-    torch.testing.assert_close(model(IDS), want, rtol=1e-4, atol=1e-4)      # one fp32 rounding of each weight
+    torch.testing.assert_close(model(IDS), want, rtol=1e-4, atol=1e-4)  # one fp32 rounding of each weight
     minift.merge(model, order[1])
     torch.testing.assert_close(model(IDS), want, rtol=1e-4, atol=1e-4)
     assert not model.adapters and not any(isinstance(m, LoRALinear) for m in model.modules())
@@ -142,7 +153,7 @@ def test_merged_weights_and_outputs_stay_within_the_bound(dtype, r, seed):
     for path, exact in before.items():
         difference = (model.get_submodule(path).weight.double() - exact).abs()
         assert (difference <= bounds[path]).all()
-        assert abs(errors[path] - difference.max()) <= 1e-15         # fp64 sums in another order
+        assert abs(errors[path] - difference.max()) <= 1e-15  # fp64 sums in another order
 
 
 def test_a_merged_model_computes_what_the_adapter_did():
@@ -153,7 +164,7 @@ def test_a_merged_model_computes_what_the_adapter_did():
         nn.init.normal_(made.lora_B, std=0.1)
     want = model(IDS)
     minift.merge(model)
-    torch.testing.assert_close(model(IDS), want, rtol=0, atol=1e-4)   # merging itself computes in fp32
+    torch.testing.assert_close(model(IDS), want, rtol=0, atol=1e-4)  # merging itself computes in fp32
 
 
 def test_a_merge_that_overflows_changes_nothing():
@@ -179,7 +190,7 @@ def test_dropout_drops_in_training_alone():
     exact = made.eval()(x)
     assert torch.equal(exact, made(x)) and draws.std() > 0.1
     error = (draws.mean(0) - exact).abs() / (draws.std(0) / 4000**0.5)
-    assert error.max() < 5      # five standard errors
+    assert error.max() < 5  # five standard errors
 
 
 def test_scaling_and_fields():
@@ -193,10 +204,17 @@ def test_scaling_and_fields():
         assert (made.lora_B == 0).all()
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"r": 0}, "r is 0"), ({"r": 2.0}, "r is 2.0"), ({"r": True}, "r is True"), ({"alpha": 0}, "alpha is 0"),
-    ({"alpha": float("nan")}, "alpha is nan"), ({"dropout": 1.0}, "dropout is 1"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"r": True}, "r is True"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1"),
+    ],
+)
 def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         LoRA(**fields)

@@ -17,16 +17,25 @@ pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=5)
 # prediction, reference, {variant: (overlap, n-grams of the prediction, n-grams of the reference)}
 WORKED = {
     # Lin 2004, section 3: "police the gunman" is the longest common subsequence, "the gunman" the one pair
-    "police kill": ("police kill the gunman", "police killed the gunman",
-                    {"rouge1": (3, 4, 4), "rouge2": (1, 3, 3), "rougeL": (3, 4, 4)}),
+    "police kill": (
+        "police kill the gunman",
+        "police killed the gunman",
+        {"rouge1": (3, 4, 4), "rouge2": (1, 3, 3), "rougeL": (3, 4, 4)},
+    ),
     # the same words in another order keep only "the gunman" in sequence
-    "order": ("the gunman kill police", "police killed the gunman",
-              {"rouge1": (3, 4, 4), "rouge2": (1, 3, 3), "rougeL": (2, 4, 4)}),
+    "order": (
+        "the gunman kill police",
+        "police killed the gunman",
+        {"rouge1": (3, 4, 4), "rouge2": (1, 3, 3), "rougeL": (2, 4, 4)},
+    ),
     # the reference has one "the", so one of three counts: P = 1/3, R = 1/2, F1 = 2 (1/6) / (5/6) = 2/5
     "clipping": ("the the the", "the cat", {"rouge1": (1, 3, 2), "rouge2": (0, 2, 1), "rougeL": (1, 3, 2)}),
     # words: the cat s 9 lives | the cats 9 lives; common: the, 9, lives; pairs: 9-lives
-    "punctuation": ("The cat's 9 lives!", "the CATS: 9-lives",
-                    {"rouge1": (3, 5, 4), "rouge2": (1, 4, 3), "rougeL": (3, 5, 4)}),
+    "punctuation": (
+        "The cat's 9 lives!",
+        "the CATS: 9-lives",
+        {"rouge1": (3, 5, 4), "rouge2": (1, 4, 3), "rougeL": (3, 5, 4)},
+    ),
     # one word has no pairs
     "one word": ("cat", "cat", {"rouge1": (1, 1, 1), "rouge2": (0, 0, 0), "rougeL": (1, 1, 1)}),
 }
@@ -131,6 +140,6 @@ def test_summaries_score_as_rouge_score_scored_them(shared_data):
     lines = (shared_data / "metric_refs" / "summaries_scored.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     scores = rouge([row["prediction"] for row in rows], [row["target"] for row in rows], per_row=True)
-    for variant in VARIANTS:        # written with ten digits
+    for variant in VARIANTS:  # written with ten digits
         expected = [row["plain"][variant] for row in rows]
         np.testing.assert_allclose(scores[variant], expected, rtol=0, atol=0.51e-10)

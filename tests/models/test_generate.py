@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import tiny_llama
 from minift.models.generate import _choose, generate
 
 prompts = st.lists(st.lists(st.integers(2, 96), min_size=1, max_size=8), min_size=1, max_size=4)
@@ -31,8 +31,8 @@ def test_a_row_stops_at_its_end_token_and_others_go_on():
     free = generate(model, [[5, 9, 11], [7]], 8)
     end = free[0][2]
     stopped = generate(model, [[5, 9, 11], [7]], 8, eos_ids=(end,))
-    assert stopped[0] == free[0][:free[0].index(end)]
-    assert stopped[1] == (free[1][:free[1].index(end)] if end in free[1] else free[1])
+    assert stopped[0] == free[0][: free[0].index(end)]
+    assert stopped[1] == (free[1][: free[1].index(end)] if end in free[1] else free[1])
 
 
 def test_top_k_and_top_p_keep_what_they_say():
@@ -59,14 +59,18 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it():
     assert first != generate(model, [[3, 4]], 12, temperature=2.0, seed=2)
 
 
-@pytest.mark.parametrize("prompts, keywords, message", [
-    ([[1] * 60], {"max_new_tokens": 5}, "exceed the model's context of 64"),
-    ([], {"max_new_tokens": 5}, "at least one prompt"), ([[1], []], {"max_new_tokens": 5}, "at least one token"),
-    ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ([[1]], {"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1"),
-    ([[1]], {"max_new_tokens": 1, "top_p": 0.0}, "top_p is 0"),
-    ([[1]], {"max_new_tokens": 1, "top_k": -1}, "top_k is -1"),
-])
+@pytest.mark.parametrize(
+    "prompts, keywords, message",
+    [
+        ([[1] * 60], {"max_new_tokens": 5}, "exceed the model's context of 64"),
+        ([], {"max_new_tokens": 5}, "at least one prompt"),
+        ([[1], []], {"max_new_tokens": 5}, "at least one token"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1"),
+        ([[1]], {"max_new_tokens": 1, "top_p": 0.0}, "top_p is 0"),
+        ([[1]], {"max_new_tokens": 1, "top_k": -1}, "top_k is -1"),
+    ],
+)
 def test_bad_input_is_one_sentence(prompts, keywords, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_llama(), prompts, **keywords)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import tiny_config, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import tiny_config, tiny_llama
 from minift.models.interface import attend, base_layers, dense_weight, positions, set_weight
 from minift.models.layers import KVCache, Normalize, RMSNorm, rotary_tables, rotate
 from minift.models.llama import Llama, LlamaConfig, gguf_name, gguf_rows
@@ -23,18 +23,21 @@ def test_rmsnorm_in_bf16_is_the_fp32_result_rounded_once():
     norm = RMSNorm(64, 1e-5).to(torch.bfloat16)
     x = torch.randn(4, 64).bfloat16()
     wide = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert (norm(x) != wide.bfloat16()).float().mean() < 0.01       # fp32 sums in another order, rarely a last bit
+    assert (norm(x) != wide.bfloat16()).float().mean() < 0.01  # fp32 sums in another order, rarely a last bit
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def score(i, j):
-        turned = [rotate(x, *rotary_tables(torch.tensor([[p]]), 16, 10000.0, torch.float64))
-                  for x, p in ((q, i), (k, j))]
+        turned = [
+            rotate(x, *rotary_tables(torch.tensor([[p]]), 16, 10000.0, torch.float64))
+            for x, p in ((q, i), (k, j))
+        ]
         assert torch.allclose(turned[0].norm(), q.norm(), rtol=1e-6)
         return (turned[0] * turned[1]).sum()
-    torch.testing.assert_close(score(7, 3), score(24, 20), rtol=1e-5, atol=1e-5)     # tables are made in fp32
+
+    torch.testing.assert_close(score(7, 3), score(24, 20), rtol=1e-5, atol=1e-5)  # tables are made in fp32
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
@@ -42,8 +45,13 @@ def test_rotation_is_the_split_half_layout():
     x = torch.arange(8.0).view(1, 1, 1, 8)
     cos, sin = rotary_tables(torch.tensor([[1]]), 8, 10000.0, torch.float32)
     angle = 10000.0 ** (-torch.arange(4.0) / 4)
-    want = torch.cat((x[..., :4] * angle.cos() - x[..., 4:] * angle.sin(),
-                      x[..., 4:] * angle.cos() + x[..., :4] * angle.sin()), -1)
+    want = torch.cat(
+        (
+            x[..., :4] * angle.cos() - x[..., 4:] * angle.sin(),
+            x[..., 4:] * angle.cos() + x[..., :4] * angle.sin(),
+        ),
+        -1,
+    )
     torch.testing.assert_close(rotate(x, cos, sin), want)
 
 
@@ -61,8 +69,10 @@ def test_right_padding_and_holes():
     model = tiny_llama(torch.float64)
     ids = torch.randint(97, (2, 6))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    torch.testing.assert_close(model(ids, attention_mask=mask)[0, :4], model(ids[:1, :4])[0], rtol=0, atol=1e-10)
-    assert attend(mask, 6) is None                                   # no real token looks to its right
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask)[0, :4], model(ids[:1, :4])[0], rtol=0, atol=1e-10
+    )
+    assert attend(mask, 6) is None  # no real token looks to its right
     hole = torch.tensor([[1, 0, 1, 1, 1, 1]])
     without = model(torch.cat((ids[:1, :1], ids[:1, 2:]), 1))
     torch.testing.assert_close(model(ids[:1], attention_mask=hole)[:, 2:], without[:, 1:], rtol=0, atol=1e-10)
@@ -88,7 +98,7 @@ def test_reading_in_pieces_through_the_cache_gives_the_same_logits(pieces):
     cache, got, at = model.new_cache(2, T), [], 0
     with torch.no_grad():
         for n in pieces:
-            got.append(model(ids[:, at:at + n], attention_mask=mask[:, :at + n], cache=cache))
+            got.append(model(ids[:, at : at + n], attention_mask=mask[:, : at + n], cache=cache))
             at += n
         want = model(ids, attention_mask=mask)
     torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], rtol=0, atol=1e-10)
@@ -97,7 +107,9 @@ def test_reading_in_pieces_through_the_cache_gives_the_same_logits(pieces):
 
 def test_a_full_cache_and_a_wrong_mask_say_so():
     with pytest.raises(ValueError, match="holds 2 tokens and 3"):
-        KVCache(1, 1, 1, 2, 4, torch.float32, "cpu").update(0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
+        KVCache(1, 1, 1, 2, 4, torch.float32, "cpu").update(
+            0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
+        )
     with pytest.raises(ValueError, match="covers 3 tokens"):
         tiny_llama()(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 3))
 
@@ -118,7 +130,7 @@ def test_what_methods_may_rely_on(model):
     assert len(model.blocks) == 2 and model.block_index("model.layers.1.mlp.up_proj") == 1
     assert model.block_index("lm_head") is None
     layers = base_layers(model)
-    assert len(layers) == 2 * 7 + 1 and list(layers)[0] == "model.layers.0.self_attn.q_proj"
+    assert len(layers) == 2 * 7 + 1 and next(iter(layers)) == "model.layers.0.self_attn.q_proj"
     layer = layers["model.layers.0.mlp.down_proj"]
     set_weight(layer, torch.ones_like(dense_weight(layer)))
     assert (layer.weight == 1).all()
@@ -126,26 +138,44 @@ def test_what_methods_may_rely_on(model):
         dense_weight(model.embed)
 
 
-HF = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-      "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+HF = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def test_both_forms_of_rotary_settings():
     assert LlamaConfig.from_hf({**HF, "rope_theta": 5e5}).rope_theta == 5e5
-    assert LlamaConfig.from_hf({**HF, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
+    assert (
+        LlamaConfig.from_hf({**HF, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta
+        == 5e5
+    )
     assert LlamaConfig.from_hf(HF).rope_theta == 10000.0
     config = LlamaConfig.from_hf({**HF, "rope_theta": 5e5})
     assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"hidden_act": "gelu"}, "hidden_act"), ({"attention_bias": True}, "attention_bias"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, "rotary scaling"),
-    ({"num_key_value_heads": 3}, "no multiple"), ({"hidden_size": None}, "lacks hidden_size"),
-    ({"vocab_size": 0}, "must be positive"), ({"head_dim": 7}, "odd"), ({"model_type": "gpt2"}, "model_type"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, "rotary scaling"),
+        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"vocab_size": 0}, "must be positive"),
+        ({"head_dim": 7}, "odd"),
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
 def test_a_config_that_changes_the_forward_is_refused_by_name(change, word):
     with pytest.raises(ValueError, match=word):
         LlamaConfig.from_hf({**HF, **change})

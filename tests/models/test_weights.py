@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import minift
-from conftest import tiny_config, tiny_llama
 from minift.models.gguf_file import read_gguf
 from minift.models.llama import GGUF_NAMES, gguf_rows
 
@@ -53,7 +53,7 @@ def test_shards_and_chunks_of_rows(folder, model, monkeypatch):
         save_file({n: state[n] for n in names if index["weight_map"][n] == shard}, folder / shard)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    monkeypatch.setattr("minift.models.weights.CHUNK_BYTES", 4 * 3 * 32)         # three rows of width 32
+    monkeypatch.setattr("minift.models.weights.CHUNK_BYTES", 4 * 3 * 32)  # three rows of width 32
     assert same(model, minift.load_model(folder))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing"):
@@ -71,14 +71,20 @@ def swap(state, name, value):
 NORM = "model.norm.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop(NORM), f"missing {NORM}"),
-    (lambda s: swap(s, "extra.weight", torch.zeros(2)), "unexpected extra.weight"),
-    (lambda s: swap(s, NORM, torch.ones(31)), rf"{NORM} has shape \(31,\)"),
-    (lambda s: swap(s, NORM, torch.ones(32, dtype=torch.int64)), "stored as torch.int64"),
-    (lambda s: swap(s, NORM, torch.tensor([1.0] * 31 + [float("nan")])), r"not finite at \[31\]"),
-    (lambda s: swap(s, NORM, torch.full((32,), 1e39, dtype=torch.float64)), r"not finite at \[0\] in float32"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop(NORM), f"missing {NORM}"),
+        (lambda s: swap(s, "extra.weight", torch.zeros(2)), "unexpected extra.weight"),
+        (lambda s: swap(s, NORM, torch.ones(31)), rf"{NORM} has shape \(31,\)"),
+        (lambda s: swap(s, NORM, torch.ones(32, dtype=torch.int64)), "stored as torch.int64"),
+        (lambda s: swap(s, NORM, torch.tensor([1.0] * 31 + [float("nan")])), r"not finite at \[31\]"),
+        (
+            lambda s: swap(s, NORM, torch.full((32,), 1e39, dtype=torch.float64)),
+            r"not finite at \[0\] in float32",
+        ),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_refused_by_key(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
@@ -199,7 +205,8 @@ def test_every_truncation_of_a_gguf_file_is_noticed(tmp_path):
     data = path.read_bytes()
     tensors = read_gguf(path)[1]
     end = max(int(t.data.ctypes.data + t.data.nbytes) for t in tensors.values()) - min(
-        int(t.data.ctypes.data) for t in tensors.values())
+        int(t.data.ctypes.data) for t in tensors.values()
+    )
     for cut in [*range(0, 1500, 7), len(data) // 2, len(data) - end // 2]:
         path.write_bytes(data[:cut])
         with pytest.raises(ValueError, match="truncated|not a GGUF|damaged"):
@@ -214,6 +221,7 @@ def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
 
     def fail(*arguments):
         raise OSError("no space left on device")
+
     monkeypatch.setattr("minift.models.weights.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         minift.save_model(tiny_llama(seed=1), folder)

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.parity
 SCORER = RougeScorer(VARIANTS, use_stemmer=False)
 # Letters whose lower case holds ASCII (Kelvin, dotted I), letters and digits that look like ASCII, marks,
 # joiners and breaks that stand inside and between words.
-AWKWARD = [*"\u212a\u0130\u0131\u017f\uff41\uff11\u0663\u00b2\u00df\u0301\U0001f600",
-           *"\u200b\u00ad\ufeff\u2019\u2014\u2028\u3000\x85\x1c\x00\n'-_.,/"]
+AWKWARD = [
+    *"\u212a\u0130\u0131\u017f\uff41\uff11\u0663\u00b2\u00df\u0301\U0001f600",
+    *"\u200b\u00ad\ufeff\u2019\u2014\u2028\u3000\x85\x1c\x00\n'-_.,/",
+]
 
 words = st.sampled_from(["the", "The", "cat", "cats", "sat", "ON", "on", "mat", "9", "10", "a1", "x"])
 texts = st.lists(words, max_size=25).map(" ".join) | st.text(max_size=40)

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CharTokenizer, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
 import minift
-from conftest import CharTokenizer, tiny_llama
 from minift.data.collate import Example, collate, encode_row, micro_batches
 from minift.methods.base import trainable
 from minift.training import loop, objective
 from minift.training.checkpoint import checkpoints
-from minift.training.loop import NonFiniteLoss, TrainConfig
+from minift.training.loop import NonFiniteLoss
 from minift.training.objective import Objective
+from minift.training.settings import TrainConfig
 
 ROWS = [{"prompt": "ab" * (1 + i % 4), "completion": "cde"[: 1 + i % 3]} for i in range(10)]
 
@@ -31,13 +32,21 @@ def fresh(dropout=0.2, dtype=torch.float32):
 
 
 def config(output, **changes):
-    values = {"output": str(output), "batch_size": 3, "epochs": 2, "learning_rate": 0.01, "max_length": 32,
-              "micro_batch_tokens": 16}
+    values = {
+        "output": str(output),
+        "batch_size": 3,
+        "epochs": 2,
+        "learning_rate": 0.01,
+        "max_length": 32,
+        "micro_batch_tokens": 16,
+    }
     return TrainConfig(**{**values, **changes})
 
 
 def run(model, output, rows=ROWS, **keywords):
-    return minift.train(model, CharTokenizer(), rows, config(output, **keywords.pop("config", {})), quiet=True, **keywords)
+    return minift.train(
+        model, CharTokenizer(), rows, config(output, **keywords.pop("config", {})), quiet=True, **keywords
+    )
 
 
 def test_the_objective_is_the_summed_loss_of_supervised_tokens():
@@ -47,7 +56,7 @@ def test_the_objective_is_the_summed_loss_of_supervised_tokens():
     logits = model(batch["input_ids"]).log_softmax(-1)
     want = -(logits[0, 1, 7] + logits[0, 2, 1] + logits[1, 0, 8] + logits[1, 1, 1])
     assert tokens == 4
-    torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=0)      # logits are taken to fp32
+    torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=0)  # logits are taken to fp32
 
 
 def test_logits_in_chunks_change_nothing(monkeypatch):
@@ -72,8 +81,11 @@ def test_accumulation_is_the_big_batch(sizes, max_tokens):
     minift.apply(model, minift.LoRA(r=2))
     for name, p in trainable(model).items():
         p.data = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
-    examples = [Example([2 + (7 * i + j) % 120 for j in range(p + c)], p, "") for i, (p, c) in enumerate(sizes)
-                if p + c > 1]
+    examples = [
+        Example([2 + (7 * i + j) % 120 for j in range(p + c)], p, "")
+        for i, (p, c) in enumerate(sizes)
+        if p + c > 1
+    ]
     if not examples:
         return
     tokens, gradients = sum(e.supervised for e in examples), []
@@ -91,12 +103,26 @@ def test_a_run_writes_its_folder_and_learns(tmp_path):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     metrics = run(model, tmp_path / "run", valid=ROWS[:3], config={"epochs": 6, "eval_every": 2})
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "plan.txt", "log.jsonl", "metrics.json", "loss.png", "adapter_config.json",
-        "adapter_model.safetensors"}
+        "config.json",
+        "plan.txt",
+        "log.jsonl",
+        "metrics.json",
+        "loss.png",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [r for r in log if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 25)) and any("eval_loss" in r for r in log)
-    assert {"total_steps", "epoch", "lr", "grad_norm", "tokens_per_second", "peak_memory_mib", "remaining_s"} <= set(steps[0])
+    assert {
+        "total_steps",
+        "epoch",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "peak_memory_mib",
+        "remaining_s",
+    } <= set(steps[0])
     assert steps[-1]["loss"] < steps[0]["loss"] and metrics["train_loss"] == steps[-1]["loss"]
     assert metrics["eval_perplexity"] == pytest.approx(2.718281828459045 ** metrics["eval_loss"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"] == 0.01
@@ -106,7 +132,9 @@ def test_a_run_writes_its_folder_and_learns(tmp_path):
     assert moved == set(trainable(model)) and not model.training
     again = tiny_llama(vocab_size=128)
     minift.load_adapter(again, tmp_path / "run")
-    assert all(torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True)
+    )
 
 
 def test_full_fine_tuning_writes_a_model_that_loads(tmp_path):
@@ -121,17 +149,21 @@ def state_after(output, **keywords):
     model = fresh()
     run(model, output, **keywords)
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {n: p.detach() for n, p in trainable(model).items()}, [(r["step"], r["loss"], r["lr"]) for r in log]
+    return {n: p.detach() for n, p in trainable(model).items()}, [
+        (r["step"], r["loss"], r["lr"]) for r in log
+    ]
 
 
 def test_resuming_after_any_step_continues_to_the_bit(tmp_path, monkeypatch):
     want, log = state_after(tmp_path / "whole")
     real = loop.Run.gradients
     for stop in range(8):
+
         def gradients(self, batch, step, stop=stop):
             if step == stop:
                 raise NonFiniteLoss("stopped for the test")
             return real(self, batch, step)
+
         output = tmp_path / f"stop-{stop}"
         monkeypatch.setattr(loop.Run, "gradients", gradients)
         with pytest.raises(NonFiniteLoss, match=f"{stop} of 8 steps are saved"):
@@ -204,8 +236,14 @@ def test_bad_input_stops_before_anything_is_written(tmp_path):
         run(fresh(), tmp_path / "a", rows=[{"prompt": "x" * 40, "completion": "abc"}])
     with pytest.raises(ValueError, match="list of rows is empty"):
         run(fresh(), tmp_path / "a", rows=[])
-    for field, value in (("epochs", 0), ("learning_rate", -1.0), ("schedule", "step"), ("beta2", 1.0),
-                         ("max_grad_norm", -1.0), ("learning_rate", float("nan"))):
+    for field, value in (
+        ("epochs", 0),
+        ("learning_rate", -1.0),
+        ("schedule", "step"),
+        ("beta2", 1.0),
+        ("max_grad_norm", -1.0),
+        ("learning_rate", float("nan")),
+    ):
         with pytest.raises(ValueError, match=f"train.{field} is"):
             TrainConfig(**{field: value})
     assert not (tmp_path / "a").exists()
@@ -224,13 +262,17 @@ except KeyboardInterrupt as stop:
 
 def test_ctrl_c_saves_the_adapter_and_says_so(tmp_path):
     program = INTERRUPTED.format(tests=str(Path(__file__).parent.parent), output=str(tmp_path / "run"))
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
     process.send_signal(signal.SIGINT)
-    said = [line for line in process.stdout if line.startswith("SAID:")][0]
+    said = next(line for line in process.stdout if line.startswith("SAID:"))
     process.wait(timeout=60)
     assert "interrupted" in said and "are saved" in said and "--resume" in said
     minift.load_adapter(tiny_llama(vocab_size=128), tmp_path / "run")
@@ -247,5 +289,6 @@ def test_evaluation_weights_every_token_alike(tmp_path):
         total, n = Objective(model)(collate([example], 0))
         nats, tokens = nats + total.item(), tokens + n
     for size in (8, 16, 1000):
-        assert minift.evaluate_loss(model, tokenizer, ROWS, TrainConfig(micro_batch_tokens=size)) == pytest.approx(
-            nats / tokens, rel=1e-6)
+        assert minift.evaluate_loss(
+            model, tokenizer, ROWS, TrainConfig(micro_batch_tokens=size)
+        ) == pytest.approx(nats / tokens, rel=1e-6)
