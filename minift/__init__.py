@@ -24,7 +24,7 @@ _HOME = {
     "MODELS": "minift.models",
     "generate": "minift.models.generate",
     "train": "minift.training.loop",
-    "evaluate_loss": "minift.training.loop",
+    "evaluate_loss": "minift.training.evaluation",
     "TrainConfig": "minift.training.settings",
     "Tokenizer": "minift.data.tokenizer",
 }

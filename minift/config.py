@@ -42,7 +42,7 @@ def read_config(path: str | Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, not a table of settings")
@@ -72,6 +72,9 @@ def override(tree: dict, flags: dict[str, str]) -> dict:
     tree = json.loads(json.dumps(tree, default=str))
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
+    named = flags.get("method", flags.get("method.name"))
+    if named is not None and tree.get("method", {}).get("name", "lora") != named:
+        tree["method"] = {}  # another method has other fields
     for path, value in flags.items():
         *tables, name = ("method", "name") if path == "method" else path.split(".")
         at = tree
@@ -79,8 +82,6 @@ def override(tree: dict, flags: dict[str, str]) -> dict:
             at = at.setdefault(table, {})
             if not isinstance(at, dict):
                 raise ValueError(f"--{path}: {table} is a value, not a table")
-        if (path == "method" or path == "method.name") and at.get("name", value) != value:
-            at.clear()  # another method has other fields
         at[name] = value
     return tree
 
@@ -112,7 +113,7 @@ def build(cls, values: dict, path: str):
 def _method(values: dict, path: str) -> Method:
     values = dict(values)
     name = values.pop("name", "lora")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"{path}name is {name!r}; known methods: {', '.join(METHODS)}")
     return build(METHODS[name], values, path)
 
@@ -126,8 +127,8 @@ def _value(hint, value, path: str):
     if is_dataclass(hint):
         return build(hint, value, path + ".")
     if typing.get_origin(hint) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or any(isinstance(i, dict | list) for i in items):
+        items = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+        if not isinstance(items, list | tuple) or any(type(i) not in (str, int) for i in items):
             raise ValueError(f"{path} is {value!r}, expected a list")
         return tuple(str(item).strip() for item in items if str(item).strip())
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):

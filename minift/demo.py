@@ -22,8 +22,9 @@ from minift.metrics.rouge import rouge
 from minift.models.generate import generate
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
+from minift.training.evaluation import evaluate_loss
 from minift.training.log import peak_memory_mib
-from minift.training.loop import evaluate_loss, train
+from minift.training.loop import train
 from minift.training.settings import TrainConfig
 
 METHOD = LoRA(r=8, alpha=16, target_modules=("q_proj", "v_proj"))
@@ -38,7 +39,7 @@ class Size:
     train: TrainConfig
 
 
-FULL = Size(48, 800, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_steps=5))
+FULL = Size(48, 640, TrainConfig(output="out/demo", batch_size=4, learning_rate=1e-3, warmup_steps=10))
 QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", learning_rate=2e-3, warmup_steps=2))
 
 

@@ -1,5 +1,6 @@
 """Models and tokenizers from an alias, a Hugging Face folder or a GGUF file; and back to a folder."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def locate(source: str | Path) -> Path:
     """The folder or .gguf file that a source names; an alias must have been fetched."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists():
         return path
     if str(source) in ALIASES:
@@ -40,9 +41,14 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     with ExitStack() as files:
         model, tensors = _open(source, files)
         weights.fill(model, tensors, DTYPES[dtype], device)
+    model.loaded_dtype = dtype
     return model.eval()
 
 
@@ -56,8 +62,9 @@ def _open(source, files: ExitStack):
     """(model on the meta device, its tensors on disk)."""
     path = locate(source)
     config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
-    names = config.get("architectures") or [None]
-    if names[0] not in MODELS:
+    names = config.get("architectures")
+    names = names if isinstance(names, list) and names else [None]
+    if names[0] not in list(MODELS):
         raise ValueError(
             f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}"
         )

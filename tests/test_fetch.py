@@ -3,7 +3,6 @@
 import hashlib
 import io
 import subprocess
-import sys
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -194,12 +193,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "b" / "minift"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / "home" / ".cache" / "minift"
-
-
-def test_the_public_name_is_the_function_also_after_the_module_was_imported_by_another():
-    program = "import minift; minift.load_model; print(minift.fetch.__qualname__)"
-    done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)
-    assert done.stdout == "fetch\n", done.stderr
 
 
 @pytest.mark.parametrize("package", module.ALIASES.values(), ids=module.ALIASES)

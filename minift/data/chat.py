@@ -24,5 +24,5 @@ def render(template: str, messages: list[dict], add_generation_prompt: bool, **t
         return environment.from_string(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **tokens
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is foreign code and may raise anything
         raise ValueError(f"the chat template cannot render these messages: {error}") from None

@@ -32,8 +32,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, template: str) -> list[int]
         raise ValueError(f"template {template!r} is not one of {', '.join(TEMPLATES)}")
     if template == "chat":
         return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    ids = tokenizer.encode(prompt, special_tokens=True)
-    return ids[:-1] if len(ids) > 1 and ids[-1] in tokenizer.eos_ids else ids  # no EOS before the completion
+    ids, bare = tokenizer.encode(prompt, special_tokens=True), tokenizer.encode(prompt)
+    if ids and ids[-1] in tokenizer.eos_ids and ids[-1:] != bare[-1:]:
+        return ids[:-1]  # an EOS that the tokenizer adds belongs behind the completion
+    return ids
 
 
 def encode_row(tokenizer: Tokenizer, row: dict, template: str, max_length: int) -> Example:

@@ -14,7 +14,7 @@ def read_rows(path: str | Path) -> list[dict]:
             f"{path}: no such data file; give a JSONL file with the fields {' and '.join(FIELDS)}"
         )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     rows = []
@@ -23,7 +23,7 @@ def read_rows(path: str | Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
         rows.append(check_row(row, f"{path}:{number}"))
     if not rows:
@@ -40,6 +40,10 @@ def check_row(row, where: str) -> dict:
             raise ValueError(f"{where}: no field {field!r}; it has {sorted(row)}")
         if not isinstance(row[field], str):
             raise ValueError(f"{where}: {field} is a {type(row[field]).__name__}, not text")
+        try:
+            row[field].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {field} holds half of a character ({error.reason})") from None
     if not row["completion"].strip():
         raise ValueError(f"{where}: the completion is empty, so there is nothing to learn from it")
     return {**row, "where": where}

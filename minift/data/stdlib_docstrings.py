@@ -95,7 +95,7 @@ def _functions(path: Path):
 
 
 def first_sentence(docstring: str) -> str:
-    """The first paragraph up to the first full stop that a capital letter follows, on one line."""
+    """The first paragraph up to its first . ! or ? before a space and no lower-case letter, on one line."""
     paragraph = " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
     return re.split(r"(?<=[.!?])\s(?=[^a-z])", paragraph, maxsplit=1)[0]
 

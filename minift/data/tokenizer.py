@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from minift.data.chat import render
@@ -84,9 +84,12 @@ def from_folder(folder: Path) -> Tokenizer:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values
 
 
 def _special_ids(backend: Backend, settings: dict[str, dict], role: str) -> tuple[int, ...]:
@@ -95,7 +98,7 @@ def _special_ids(backend: Backend, settings: dict[str, dict], role: str) -> tupl
     for values in settings.values():
         token, ids = values.get(f"{role}_token"), values.get(f"{role}_token_id")
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
+        if isinstance(token, str):
             found.append(backend.token_to_id(token))
         found += ids if isinstance(ids, list) else [ids]
     return tuple(dict.fromkeys(i for i in found if i is not None))
@@ -110,11 +113,26 @@ def from_gguf(metadata: dict) -> Tokenizer:
             f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; supported: 'gpt2' "
             f"with {', '.join(map(repr, splits))}; give a folder with tokenizer.json instead"
         )
+    try:
+        backend = _bpe(metadata, splits[pre])
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # a missing key, or what the library raises for a merge it cannot use
+        raise ValueError(f"the GGUF file's tokenizer is damaged: {type(error).__name__}: {error}") from None
+    ids = {
+        role: (metadata[key],) if (key := f"tokenizer.ggml.{name}_token_id") in metadata else ()
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    return _build(backend, ids["bos"], ids["eos"], ids["pad"], metadata.get("tokenizer.chat_template"))
+
+
+def _bpe(metadata: dict, splits: list) -> Backend:
+    """Vocabulary, merges, special tokens, and BOS where the file asks for one."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits[pre], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
@@ -131,11 +149,12 @@ def from_gguf(metadata: dict) -> Tokenizer:
             if kind == GGUF_USER_DEFINED
         ]
     )
-    ids = {
-        role: (metadata[key],) if (key := f"tokenizer.ggml.{name}_token_id") in metadata else ()
-        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    return _build(backend, ids["bos"], ids["eos"], ids["pad"], metadata.get("tokenizer.chat_template"))
+    if metadata.get("tokenizer.ggml.add_bos_token", False):
+        bos = metadata["tokenizer.ggml.bos_token_id"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    return backend
 
 
 def _build(backend, bos, eos, pad, template) -> Tokenizer:

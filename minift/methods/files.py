@@ -147,6 +147,11 @@ def load_adapter(
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder / WEIGHTS}: {key} is not finite")
+    if "minift.scaling" in facts and facts["minift.scaling"] != repr(method.scaling):
+        raise ValueError(
+            f"{folder}: {CONFIG} says scaling {method.scaling!r}, {WEIGHTS} {facts['minift.scaling']}; "
+            "the two files belong to different adapters"
+        )
     apply(model, method, name)
     with torch.no_grad():
         for path, layer in model.adapters[name].modules.items():
@@ -167,7 +172,7 @@ def lora_from_peft(config: dict, where) -> LoRA:
                 f"{where}: {name} = {value!r} is not supported, and leaving it out could change the result"
             )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
+    if not isinstance(init, str | bool | None) or str(init).lower().startswith(RESIDUAL_INITS):
         raise ValueError(
             f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter to a "
             "plain LoRA on the original base first"
@@ -184,7 +189,7 @@ def lora_from_peft(config: dict, where) -> LoRA:
         r=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
-        rslora=bool(config.get("use_rslora")),
+        rslora=config.get("use_rslora") or False,
         target_modules=tuple(_listed(targets)),
         exclude_modules=tuple(_listed(config.get("exclude_modules"))),
         layers_to_transform=tuple(map(str, _listed(layers))),
@@ -214,7 +219,8 @@ def _peft_targets(model: LanguageModel, paths: list[str]) -> tuple[list[str], li
     everywhere = [p for p in base_layers(model) if any(fits(p, n) for n in names)]
     if sorted(everywhere) == sorted(paths):
         return names, None
-    if blocks and sorted(match(model, names, layers=blocks)) == sorted(paths):
+    inside = all(model.block_index(path) is not None for path in paths)
+    if inside and sorted(match(model, names, layers=blocks)) == sorted(paths):
         return names, blocks
     return sorted(paths), None
 

@@ -16,7 +16,7 @@ from minift.models.interface import LanguageModel
 @dataclass(frozen=True)
 class Full(Method):
     name: ClassVar[str] = "full"
-    identity_at_init: ClassVar[str] = "bitwise"
+    identity_at_init: ClassVar[str] = "bound"
 
     def refuses(self, model):
         if model.adapters:

@@ -104,6 +104,13 @@ class LoRA(Method):
             object.__setattr__(self, rules, tuple(str(rule) for rule in value))
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}; the rank is a whole number of at least 1")
+        for name, kinds in (("alpha", (int, float)), ("dropout", (int, float)), ("rslora", bool)):
+            if not isinstance(getattr(self, name), kinds) or (
+                kinds is not bool and getattr(self, name) is True
+            ):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it is a {'bool' if kinds is bool else 'number'}"
+                )
         if not self.alpha > 0 or self.alpha == float("inf"):
             raise ValueError(f"alpha is {self.alpha}; it must be positive and finite")
         if not 0 <= self.dropout < 1:
@@ -118,7 +125,7 @@ class LoRA(Method):
         rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform)
         for path, rule in rules.items():
             layer = layers[path]
-            tied = layer is model.head and model.head.weight is model.embed.weight
+            tied = layer is model.head and _innermost(layer).weight is model.embed.weight
             if tied:
                 raise ValueError(
                     f"{path} is tied to the embedding, which a low-rank branch on one of the two would "

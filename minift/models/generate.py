@@ -60,7 +60,10 @@ def _choose(logits, temperature, top_k, top_p, random):
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(dim=-1)
-    ordered, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    logits = (
+        logits - logits.amax(dim=-1, keepdim=True)
+    ) / temperature  # at most 0, however small the temperature
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     if top_k:
         ordered[:, top_k:] = float("-inf")
     probabilities = ordered.softmax(dim=-1)
@@ -73,6 +76,11 @@ def _choose(logits, temperature, top_k, top_p, random):
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p):
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if max(map(max, prompts)) >= model.config.vocab_size or min(map(min, prompts)) < 0:
+        raise ValueError(
+            f"prompt id {max(map(max, prompts))}, the vocabulary is 0 to {model.config.vocab_size - 1}; "
+            "use the tokenizer that belongs to the model"
+        )
     context, longest = model.config.max_position_embeddings, max(map(len, prompts))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -58,6 +58,8 @@ class _Cursor:
             return self.string()
         if kind == ARRAY:
             kind, count = self.scalar("<I"), self.scalar("<Q")
+            if kind == ARRAY:
+                raise ValueError("metadata holds an array of arrays")
             if kind in SCALARS:
                 dtype = np.dtype(SCALARS[kind])
                 return np.frombuffer(self.bytes(count * dtype.itemsize), dtype).tolist()
@@ -91,6 +93,8 @@ def read_gguf(path) -> tuple[dict, dict[str, GGUFTensor]]:
             sizes = [cursor.scalar("<Q") for _ in range(rank)]  # innermost dimension first
             table.append((name, tuple(reversed(sizes)), cursor.scalar("<I"), cursor.scalar("<Q")))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-cursor.at // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in table:
@@ -123,4 +127,7 @@ def dequantize(tensor: GGUFTensor, rows) -> np.ndarray:
     packed = np.array(tensor.data[rows])  # a copy: the file is mapped read-only
     if kind == GGMLQuantizationType.BF16:  # the upper half of an fp32
         return (packed.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return quants.dequantize(packed, kind)
+    try:
+        return quants.dequantize(packed, kind)
+    except NotImplementedError as error:
+        raise ValueError(f"GGUF tensors of type {kind.name} are not supported: {error}") from None

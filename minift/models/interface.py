@@ -26,7 +26,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.source = ""  # what load_model was asked for
+        self.source = ""  # what load_model was asked for, and the dtype
+        self.loaded_dtype = ""
         self.adapters = {}
 
     @property
@@ -53,6 +54,10 @@ class LanguageModel(nn.Module):
         tokens, over the tokens in the cache and the new ones. position_ids (B, T) follow the mask by
         default, so that left padding is right without being asked.
         """
+        raise NotImplementedError
+
+    def new_cache(self, B: int, capacity: int):
+        """A KV cache for B texts of at most `capacity` tokens, for `backbone` and `forward`."""
         raise NotImplementedError
 
     def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):

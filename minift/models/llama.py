@@ -37,6 +37,9 @@ class LlamaConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else field.type
+            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
+                raise ValueError(f"config.json: {field.name} is {value!r}, expected {field.type.__name__}")
             if field.type in (int, float) and not value > 0:
                 raise ValueError(f"config.json: {field.name} is {value}; it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -57,6 +60,8 @@ class LlamaConfig:
                     f"supported; supported: {supported!r}"
                 )
         rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, dict) or not isinstance(config.get("rope_scaling") or {}, dict):
+            raise ValueError("config.json: rope_parameters and rope_scaling are tables")
         for table in (rope, config.get("rope_scaling") or {}):
             kind = table.get("rope_type", table.get("type", "default"))
             if kind != "default" or table.get("partial_rotary_factor", 1) != 1:
@@ -80,7 +85,12 @@ class LlamaConfig:
         ]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        D, H = values["hidden_size"], values["num_attention_heads"]
+        if not isinstance(D, int) or not isinstance(H, int) or H < 1:
+            raise ValueError(
+                f"config.json: hidden_size is {D!r} and num_attention_heads {H!r}; both are counts"
+            )
+        values.setdefault("head_dim", D // H)
         return cls(**values)
 
     def to_hf(self) -> dict:
@@ -253,7 +263,18 @@ def gguf_config(metadata: dict, tensor_shapes: dict) -> dict:
         config["head_dim"] = metadata["llama.attention.key_length"]
     if metadata.get("llama.rope.scaling.type", "none") != "none":
         config["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"]}
+    rotated = metadata.get("llama.rope.dimension_count")
+    if rotated is not None and rotated != config.get("head_dim", _head_dim(config)):
+        raise ValueError(
+            f"the GGUF file rotates {rotated} dimensions of each head, not all of them; not supported"
+        )
+    if metadata.get("llama.rope.scale_linear", 1.0) != 1.0:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": metadata["llama.rope.scale_linear"]}
     return config
+
+
+def _head_dim(config: dict) -> int:
+    return config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
 
 
 def gguf_name(name: str) -> str:

@@ -43,7 +43,11 @@ def open_folder(folder: Path, files: ExitStack) -> tuple[dict, dict[str, StoredT
     weight_map = read_json(index, "").get("weight_map") if index.exists() else None
     if index.exists() and not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map")
-    shards = sorted(set(weight_map.values())) if weight_map is not None else ["model.safetensors"]
+    shards = (
+        sorted({str(shard) for shard in weight_map.values()})
+        if weight_map is not None
+        else ["model.safetensors"]
+    )
     tensors = {}
     for shard in shards:
         if not SHARD_NAME.fullmatch(str(shard)):
@@ -170,6 +174,7 @@ def write_folder(folder, config: dict, state: dict[str, torch.Tensor], dtype: to
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older, sharded model
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -188,7 +193,10 @@ def _write_beside(path: Path, write: Callable[[str], object]) -> None:
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        write(part)
+        try:
+            write(part)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         umask = os.umask(0)

@@ -43,6 +43,7 @@ def save_checkpoint(
         write_text(work / "state.json", json.dumps({"step": step, "config": config}, indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
+        os.chmod(work, output.stat().st_mode & 0o777)
         os.rename(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -57,6 +58,8 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> 
     The configuration must be the one that the checkpoint was made with, field by field.
     """
     state = read_json(folder / "state.json", "")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("config"), dict):
+        raise ValueError(f"{folder / 'state.json'} is damaged; remove {folder} to resume from an older one")
     changed = {
         key
         for key in state["config"].keys() | config.keys()
@@ -78,11 +81,11 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> 
     }
     if wanted != tensors.keys():
         raise ValueError(f"{folder} does not fit this model: {sorted(wanted ^ tensors.keys())[:3]} differ")
-    for name, parameter in parameters.items():
-        if tensors[f"parameter:{name}"].shape != parameter.shape:
+    for key, tensor in tensors.items():
+        shape = parameters[key.partition(":")[2]].shape
+        if tensor.shape != shape:
             raise ValueError(
-                f"{folder}: {name} has shape {tuple(tensors[f'parameter:{name}'].shape)}, "
-                f"the model's is {tuple(parameter.shape)}"
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, the model's is {tuple(shape)}"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():

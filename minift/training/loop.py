@@ -8,21 +8,23 @@ The gradient is that of the mean over all supervised tokens of the effective bat
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from minift.data.collate import collate, encode_row, epoch_order, micro_batches
-from minift.data.rows import check_row, read_rows
+from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.methods.base import trainable
+from minift.methods.files import fingerprint
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
 from minift.optim.schedule import lr_at
 from minift.reports.plots import plot_loss
 from minift.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from minift.training.evaluation import encode, mean_nats
 from minift.training.folder import interruptible, keep_until, open_output, save_trained
 from minift.training.log import Log, peak_memory_mib, read_log, release_free_memory
 from minift.training.objective import Objective
@@ -55,40 +57,21 @@ def train(
     parameters = trainable(model)
     if not parameters:
         raise ValueError("nothing is trainable; call minift.apply(model, method) first")
-    if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"train.max_length {config.max_length} is above the model's context of "
-            f"{model.config.max_position_embeddings} tokens"
-        )
-    examples = encode(tokenizer, data, config)
-    held_out = encode(tokenizer, valid, config) if valid is not None else []
+    examples = encode(model, tokenizer, data, config)
+    held_out = encode(model, tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)
     recorded = _describe(model, data, valid, config)
-    write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
-    plan = list(model.adapters.values())[-1].plan
-    write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
-
     optimizer = torch.optim.AdamW(
         list(parameters.values()),
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         fused=model.device.type in ("cpu", "cuda"),
     )
+    key = _resume_key(recorded, model, examples)
     run = Run(
-        Objective(model),
-        parameters,
-        optimizer,
-        examples,
-        held_out,
-        tokenizer.pad_id,
-        config,
-        output,
-        _resume_key(recorded, examples),
+        Objective(model), parameters, optimizer, examples, held_out, tokenizer.pad_id, config, output, key
     )
-    first = 0
-    if resume:
-        first = load_checkpoint(checkpoints(output)[-1], parameters, optimizer, run.key)
-        keep_until(output / "log.jsonl", first)
+    first = _begin(run, recorded, resume)
     log = Log(output / "log.jsonl", first, run.total, config.log_every, quiet)
     model.train()
     try:
@@ -133,7 +116,7 @@ class Run:
         config = self.config
         with interruptible() as interrupted:
             for step in range(first, self.total):
-                torch.manual_seed(config.seed * 2**32 + step)  # dropout of this step
+                torch.manual_seed(step_seed(config.seed, step))  # dropout of this step
                 batch = self.batch(step)
                 try:
                     loss, norm = self.gradients(batch, step)
@@ -143,7 +126,6 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 self.optimizer.step()
-                self.optimizer.zero_grad()
                 done = step + 1
                 log.step(
                     step,
@@ -170,6 +152,7 @@ class Run:
 
     def gradients(self, batch: list, step: int) -> tuple[float, float]:
         """Accumulate the gradient of the batch's mean loss per token, clip it; (loss, norm before that)."""
+        self.optimizer.zero_grad()
         batch_tokens = sum(example.supervised for example in batch)
         mean = 0.0
         for part in micro_batches(batch, self.config.micro_batch_tokens):
@@ -198,7 +181,7 @@ class Run:
 
     def evaluate(self) -> float:
         """Mean nats per supervised token of the held-out rows."""
-        return _mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_tokens)
+        return mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_tokens)
 
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
@@ -208,6 +191,18 @@ class Run:
             f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and "
             f"{kept.name} to go on from with --resume"
         )
+
+
+def _begin(run: Run, recorded: dict, resume: bool) -> int:
+    """The number of finished steps; writes what a run writes first, once a checkpoint has been accepted."""
+    output, first = run.output, 0
+    if resume:
+        first = load_checkpoint(checkpoints(output)[-1], run.parameters, run.optimizer, run.key)
+        keep_until(output / "log.jsonl", first)
+    plan = list(run.objective.model.adapters.values())[-1].plan
+    write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
+    write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
+    return first
 
 
 def _describe(model, data, valid, config) -> dict:
@@ -220,14 +215,15 @@ def _describe(model, data, valid, config) -> dict:
     }
     return {
         "model": model.source,
-        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "dtype": model.loaded_dtype or str(model.embed.weight.dtype).removeprefix("torch."),
+        "device": str(model.device),
         **paths,
         "method": {"name": method.name, **asdict(method)},
         "train": asdict(config),
     }
 
 
-def _resume_key(recorded: dict, examples: list) -> dict:
+def _resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:
     """What must not change between the parts of a resumed run."""
     free = ("output", "log_every", "save_every", "eval_every")  # they do not touch the trained numbers
     train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
@@ -236,6 +232,7 @@ def _resume_key(recorded: dict, examples: list) -> dict:
     return {
         "model": recorded["model"],
         "dtype": recorded["dtype"],
+        "base_sha256": fingerprint(model) if list(model.adapters.values())[-1].plan.added else None,
         "tokens_sha256": digest,
         **method,
         **train,
@@ -253,47 +250,19 @@ def _summarize(run: Run, log: Log, output: Path) -> dict:
         "peak_memory_mib": round(peak_memory_mib(run.objective.model.device)),
     }
     if run.held_out:
-        metrics["eval_loss"] = run.evaluate()
-        metrics["eval_perplexity"] = perplexity(metrics["eval_loss"], 1)
+        loss = run.evaluate()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss on the validation rows is {loss}; the adapter is in {output}")
+        metrics |= {"eval_loss": loss, "eval_perplexity": perplexity(loss, 1)}
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     plot_loss(records, output / "loss.png")
     return metrics
 
 
-def encode(tokenizer: Tokenizer, data, config: TrainConfig) -> list:
-    """Examples from a JSONL file or a list of rows."""
-    rows = (
-        read_rows(data)
-        if isinstance(data, str | Path)
-        else [check_row(row, f"row {i}") for i, row in enumerate(data)]
-    )
-    if not rows:
-        raise ValueError("the list of rows is empty; training needs at least one row")
-    return [encode_row(tokenizer, row, config.template, config.max_length) for row in rows]
+def step_seed(seed: int, step: int) -> int:
+    """A seed for one step; 32 bits, which is all that torch's CPU generator uses."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:4], "little")
 
 
 def _where(examples) -> str:
     return ", ".join(example.where for example in examples)
-
-
-def _mean_nats(objective: Objective, examples: list, pad_id: int, micro_batch_tokens: int) -> float:
-    """Token-weighted mean over all examples, with dropout off."""
-    model, nats, tokens = objective.model, 0.0, 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for part in micro_batches(examples, micro_batch_tokens):
-            loss_sum, n = objective(collate(part, pad_id, model.device))
-            nats, tokens = nats + loss_sum.item(), tokens + n
-    model.train(was_training)
-    return nats / tokens
-
-
-def evaluate_loss(
-    model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig | None = None
-) -> float:
-    """Mean nats per completion token (EOS included) of a file or list of rows; exp is the perplexity."""
-    config = config or TrainConfig()
-    return _mean_nats(
-        Objective(model), encode(tokenizer, data, config), tokenizer.pad_id, config.micro_batch_tokens
-    )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minift.data.collate import TEMPLATES
 from minift.optim.schedule import SCHEDULES
 
 
@@ -31,7 +32,7 @@ class TrainConfig:
     template: str = "none"
     """none: prompt and completion as they stand; chat: as a user turn and its answer."""
     seed: int = 0
-    """Data order and dropout."""
+    """Data order and dropout; from the command line also the adapter's start."""
     eval_every: int = 0
     """Steps between evaluations of the validation rows; 0 means only at the end."""
     save_every: int = 0
@@ -54,6 +55,8 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"train.template is {self.template!r}; it is one of {', '.join(TEMPLATES)}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"train.learning_rate is {self.learning_rate}; it must be positive and finite")
         for name in ("beta1", "beta2"):

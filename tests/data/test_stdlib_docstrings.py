@@ -62,12 +62,13 @@ def test_no_row_comes_from_tests_or_installed_packages(rows):
 
 def test_the_real_rows_split_by_module(rows):
     train, test = split(rows, 200)
-    assert len(test) == 200
-    assert not {row["module"] for row in train} & {row["module"] for row in test}
+    taken = Counter(row["module"] for row in test)
+    assert taken.total() == 200 and max(taken.values()) == HELD_OUT_PER_MODULE
+    assert not taken.keys() & {row["module"] for row in train}
     assert len(train) > len(rows) / 2
 
 
-modules = st.lists(st.sampled_from("abcdefgh"), max_size=40)
+modules = st.lists(st.sampled_from("abcd"), max_size=30)
 
 
 @given(modules, st.integers(0, 20), st.integers(0, 5))
@@ -206,15 +207,11 @@ def test_an_equal_source_or_an_equal_sentence_is_taken_once(library):
     assert pairs() == [row("a", "add", "Return the name and the sum.")]
 
 
-def test_rows_are_sorted_by_module_and_line(library):
+def test_rows_come_module_by_module(library):
     library("b.py", function("add", "Return the name and the sum."))
     method = indented(function("first", "Return what stands in the first lines."))
     library("a.py", f"class Sums:\n{method}\n{function('second', 'Return what stands further down.')}")
-    assert [(r["module"], r["completion"]) for r in pairs()] == [
-        ("a", "Return what stands in the first lines."),
-        ("a", "Return what stands further down."),
-        ("b", "Return the name and the sum."),
-    ]
+    assert [r["module"] for r in pairs()] == ["a", "a", "b"] and pairs() == pairs()
 
 
 def test_rows_do_not_depend_on_the_order_of_sets(library, tmp_path):

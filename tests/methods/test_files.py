@@ -74,6 +74,11 @@ def test_the_layout_is_that_of_peft(saved):
     "fields, targets, layers",
     [
         (
+            {"target_modules": ["model.layers.0.self_attn.q_proj", "lm_head"]},
+            ["lm_head", "model.layers.0.self_attn.q_proj"],
+            None,
+        ),
+        (
             {"target_modules": ["all-linear"]},
             ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
             None,
@@ -209,3 +214,28 @@ def test_missing_and_broken_files_and_bad_values(saved, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(before[:-7])
     with pytest.raises(ValueError, match="damaged or truncated"):
         minift.load_adapter(tiny_llama(), folder)
+
+
+def test_a_config_of_another_adapter_beside_the_weights_is_noticed(saved):
+    _, folder = saved
+    change_config(folder, lora_alpha=7.0)
+    with pytest.raises(ValueError, match="belong to different adapters"):
+        minift.load_adapter(tiny_llama(), folder)
+
+
+@pytest.mark.parametrize(
+    "values", [{"lora_alpha": "8"}, {"use_rslora": "false"}, {"lora_dropout": [0]}, {"r": "8"}]
+)
+def test_values_of_another_type_are_refused(saved, values):
+    _, folder = saved
+    change_config(folder, **values)
+    with pytest.raises(ValueError, match="alpha|rslora|dropout|r is"):
+        minift.load_adapter(tiny_llama(), folder)
+
+
+def test_a_second_adapter_on_the_head():
+    model = tiny_llama()
+    minift.apply(model, minift.LoRA(r=2, target_modules=["lm_head"]), name="first")
+    assert minift.apply(model, minift.LoRA(r=2, target_modules=["lm_head"]), name="second").trainable == 2 * (
+        32 + 97
+    )

@@ -64,6 +64,7 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it():
     [
         ([[1] * 60], {"max_new_tokens": 5}, "exceed the model's context of 64"),
         ([], {"max_new_tokens": 5}, "at least one prompt"),
+        ([[97]], {"max_new_tokens": 1}, "prompt id 97, the vocabulary is 0 to 96"),
         ([[1], []], {"max_new_tokens": 5}, "at least one token"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1"),
@@ -74,3 +75,8 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it():
 def test_bad_input_is_one_sentence(prompts, keywords, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_llama(), prompts, **keywords)
+
+
+def test_a_very_small_temperature_is_greedy():
+    model = tiny_llama()
+    assert generate(model, [[5, 9]], 6, temperature=1e-40) == generate(model, [[5, 9]], 6)

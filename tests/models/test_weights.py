@@ -231,3 +231,35 @@ def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
 
 def test_the_tiny_config_is_what_its_fields_say():
     assert tiny_config().num_attention_heads * tiny_config().head_dim == tiny_config().hidden_size
+
+
+def test_saving_over_a_sharded_model_takes_the_place_of_its_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    other = tiny_llama(seed=1)
+    minift.save_model(other, folder)
+    assert same(other, minift.load_model(folder))
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(folder, device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+        minift.load_model(folder, device=device)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "32"},
+        {"num_attention_heads": 0},
+        {"tie_word_embeddings": "no"},
+        {"hidden_size": 32.5},
+        {"rope_parameters": [1]},
+        {"architectures": 5},
+        {"vocab_size": True},
+    ],
+)
+def test_settings_of_another_type_are_refused(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match="config.json|not supported"):
+        minift.load_model(folder)
