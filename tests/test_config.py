@@ -184,6 +184,12 @@ def test_a_method_is_given_by_name_or_as_a_table(tree):
     assert resolve(tree).method == Full()
 
 
+@pytest.mark.parametrize("method", [["lora"], None, 3])
+def test_a_method_that_is_no_table_is_an_error_also_beside_a_flag(method):
+    with pytest.raises(ValueError, match="method is "):
+        resolve({"method": method}, "--method", "full")
+
+
 def test_a_method_by_flag_takes_its_fields_by_flag():
     assert resolve({}, "--method", "lora", "--method.r", "16").method == LoRA(r=16)
     assert resolve({"method": "lora"}, "--method.r", "16").method == LoRA(r=16)

@@ -33,7 +33,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, template: str) -> list[int]
     if template == "chat":
         return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     ids, bare = tokenizer.encode(prompt, special_tokens=True), tokenizer.encode(prompt)
-    if ids and ids[-1] in tokenizer.eos_ids and ids[-1:] != bare[-1:]:
+    if ids and ids[-1] in tokenizer.eos_ids and ids[-1 - len(bare) : -1] == bare:
         return ids[:-1]  # an EOS that the tokenizer adds belongs behind the completion
     return ids
 

@@ -106,8 +106,8 @@ def _special_ids(backend: Backend, settings: dict[str, dict], role: str) -> tupl
 
 def from_gguf(metadata: dict) -> Tokenizer:
     """Byte-level BPE from `tokenizer.ggml.*`; the two pre-tokenizers below are known."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": [], "default": []}
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
     if kind != "gpt2" or pre not in splits:
         raise ValueError(
             f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; supported: 'gpt2' "

@@ -158,6 +158,10 @@ def test_an_end_that_the_prompt_itself_spells_out_is_kept(tokenizer):
     assert encode_row(tokenizer, row(f"a{end}", "b"), "none", 9).ids == tokenizer.encode(f"a{end}b{end}")
 
 
+def test_behind_an_end_that_the_prompt_spells_out_the_added_one_is_still_taken_off():
+    assert encode_row(Wrapping(), row("a\x02", "b"), "none", 9).ids == [1, ord("a"), 2, ord("b"), 2]
+
+
 def test_an_unknown_template_is_an_error_that_lists_the_known_ones(tokenizer):
     with pytest.raises(ValueError, match="template 'alpaca' is not one of none, chat"):
         encode_row(tokenizer, row("a", "b"), "alpaca", 9)
