@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minift.data import tokenizer as tokenizers
 from minift.fetch import ALIASES, cached
@@ -13,6 +14,15 @@ from minift.models.gguf_file import read_gguf
 from minift.models.interface import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave out torch.nn.init: random starts on the meta device load 77 MB of modules for nothing."""
+
+    def __torch_function__(self, function, kinds, arguments=(), keywords=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **(keywords or {}))
 
 
 def locate(source: str | Path) -> Path:
@@ -69,7 +79,7 @@ def _open(source, files: ExitStack):
             f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}"
         )
     model_class, config_class = MODELS[names[0]]
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = model_class(config_class.from_hf(config))
     model.source = str(source)
     return model, tensors

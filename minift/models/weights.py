@@ -22,7 +22,7 @@ from torch import nn
 from minift.models import llama
 from minift.models.gguf_file import dequantize, read_gguf
 
-CHUNK_BYTES = 2**24  # of fp32 rows in flight while loading
+CHUNK_BYTES = 2**22  # of fp32 rows in flight while loading
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 
 
