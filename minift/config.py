@@ -72,10 +72,10 @@ def override(tree: dict, flags: dict[str, str]) -> dict:
     tree = json.loads(json.dumps(tree, default=str))
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
-    if not isinstance(tree.setdefault("method", {}), dict):
-        raise ValueError(f"method is {tree['method']!r}, expected a name or a table with name and fields")
+    if not isinstance(tree.get("method", {}), dict):
+        raise ValueError(f"method is {tree['method']!r}, expected a table with name")
     named = flags.get("method", flags.get("method.name"))
-    if named is not None and tree["method"].get("name", "lora") != named:
+    if named is not None and tree.get("method", {}).get("name", "lora") != named:
         tree["method"] = {}  # another method has other fields
     for path, value in flags.items():
         *tables, name = ("method", "name") if path == "method" else path.split(".")
