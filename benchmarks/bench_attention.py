@@ -1,7 +1,8 @@
 """Attention, forward and backward: minift.kernels.attention beside torch's and the plain formula.
 
-Shapes of SmolLM2-135M (9 query heads, 3 key-value heads of 64), bf16, causal, batch 4. Gate: gradients are
-against fp64 no further off than 4 roundings of bf16 (2^-8) of the largest one.
+Shapes of SmolLM2-135M (9 query heads, 3 key-value heads of 64), bf16, causal, batch 4. Gate: minift's
+gradients are no further from fp64 than 4 roundings of bf16 (2^-8) of the largest one; the table has the error
+of every side.
 
 The limit is arithmetic: 4 B H T^2 hd flops forward (half of them masked) and 10 B H T^2 hd backward with P
 recomputed; on a GPU both sides are the same call.
@@ -30,13 +31,14 @@ def run(quick: bool) -> None:
         k, v = (torch.randn(B, KV, T, hd, device=device).bfloat16().requires_grad_() for _ in range(2))
         do = torch.randn(B, H, T, hd, device=device).bfloat16()
         exact = torch.autograd.grad(attention_ref(*(x.double() for x in (q, k, v))), (q, k, v), do.double())
+        error = {}
         for name, side in sides.items():
-            for got, want in zip(torch.autograd.grad(side(q, k, v), (q, k, v), do), exact, strict=True):
-                gate(
-                    f"{name}, T = {T}",
-                    ((got.double() - want.double()).abs().max() / want.abs().max()).item(),
-                    2**-6,
-                )
+            got = torch.autograd.grad(side(q, k, v), (q, k, v), do)
+            error[name] = max(
+                ((g.double() - e.double()).abs().max() / e.abs().max()).item()
+                for g, e in zip(got, exact, strict=True)
+            )
+        gate(f"minift, T = {T}", error["minift"], 2**-6)
         inputs = (q, k, v)
 
         def step(side, inputs=inputs, do=do):
@@ -54,6 +56,7 @@ def run(quick: bool) -> None:
                     "p20": 1e3 * t["p20"],
                     "p80": 1e3 * t["p80"],
                     "Gflop/s": round(14 * B * H * T * T * hd / t["median"] / 1e9),
+                    "largest error": error[name],
                     "speed against torch": quantiles(times["torch fused"])["median"] / t["median"],
                 }
             )
