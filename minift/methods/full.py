@@ -16,7 +16,7 @@ from minift.models.interface import LanguageModel
 @dataclass(frozen=True)
 class Full(Method):
     name: ClassVar[str] = "full"
-    identity_at_init: ClassVar[str] = "bound"
+    identity_at_init: ClassVar[str] = "bitwise"
 
     def refuses(self, model):
         if model.adapters:
