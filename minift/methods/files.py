@@ -185,13 +185,14 @@ def lora_from_peft(config: dict, where) -> LoRA:
             f"{where}: target_modules {targets!r} is a regular expression; list the module names instead"
         )
     layers = config.get("layers_to_transform")
+    excluded = _listed(config.get("exclude_modules"))  # PEFT allows a name on both lists
     return LoRA(
         r=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         rslora=config.get("use_rslora") or False,
-        target_modules=tuple(_listed(targets)),
-        exclude_modules=tuple(_listed(config.get("exclude_modules"))),
+        target_modules=tuple(t for t in _listed(targets) if t not in excluded),
+        exclude_modules=tuple(excluded),
         layers_to_transform=tuple(map(str, _listed(layers))),
     )
 

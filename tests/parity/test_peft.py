@@ -49,6 +49,7 @@ def test_peft_loads_what_we_save(tmp_path, fields):
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": "all-linear"},
         {"target_modules": ["k_proj"], "layers_to_transform": [0], "use_rslora": True, "lora_alpha": 7},
+        {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
         {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["0.self_attn.o_proj"]},
         {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     ],
