@@ -22,6 +22,7 @@ setup(
         "minift.metrics",
         "minift.models",
         "minift.optim",
+        "minift.quant",
         "minift.reports",
         "minift.training",
     ],
@@ -40,7 +41,7 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.18"],
         "test": [*DEMO, "pytest>=8.3", "hypothesis>=6.120", "ruff>=0.9"],
-        "parity": ["transformers>=5.0", "peft>=0.18", "rouge-score>=0.1.2"],
+        "parity": ["transformers>=5.0", "peft>=0.18", "rouge-score>=0.1.2", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["minift = minift.cli:main"]},
 )

@@ -11,7 +11,10 @@ from minift.data import tokenizer as tokenizers
 from minift.fetch import ALIASES, cached
 from minift.models import MODELS, weights
 from minift.models.gguf_file import read_gguf
-from minift.models.interface import LanguageModel
+from minift.models.interface import LanguageModel, base_layers, is_quantized, replace_layer
+from minift.quant import Quantization, bnb
+from minift.quant.linear import QuantizedLinear
+from minift.quant.model import QuantizationTable, layers_to_quantize, quantize_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,10 +47,18 @@ def _is_gguf(path: Path) -> bool:
     return path.is_file()
 
 
-def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
+def load_model(
+    source: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantize: str | Quantization | None = None,
+) -> LanguageModel:
     """Build on the meta device, fill tensor by tensor. `dtype`, of storage and compute, is one of DTYPES.
 
-    Peak private memory: the model's bytes and one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
+    `quantize` is a format ("nf4") or a Quantization: each linear layer that it means is quantized as soon as it
+    has been read, with the numbers of `quantize_model` after a dense load. A bitsandbytes 4-bit folder loads as
+    it is. Peak private memory: the model's bytes, one of its largest tensors where layers are quantized, and
+    one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -55,11 +66,53 @@ def load_model(source: str | Path, dtype: str = "float32", device: str = "cpu") 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    recipe = Quantization(quantize) if isinstance(quantize, str) else quantize
     with ExitStack() as files:
         model, tensors = _open(source, files)
-        weights.fill(model, tensors, DTYPES[dtype], device)
+        _take_quantized(model, tensors, DTYPES[dtype], device)
+        if recipe and recipe.format:
+            chosen, rows = set(layers_to_quantize(model, recipe)), []
+            place = _quantizing(chosen, recipe, rows)
+            weights.fill(model, tensors, DTYPES[dtype], device, place)
+            model.quantization = (recipe,)
+            model.quantization_table = QuantizationTable(rows)
+        else:
+            weights.fill(model, tensors, DTYPES[dtype], device)
     model.loaded_dtype = dtype
     return model.eval()
+
+
+def _quantizing(chosen: set[str], recipe: Quantization, rows: list):
+    """For `weights.fill`: put a weight in place and, in a chosen layer, quantize it there and then."""
+
+    def place(model, name, tensor):
+        weights.set_parameter(model, name, tensor)
+        path = name.removesuffix(".weight")
+        if path in chosen:
+            layer, row = quantize_layer(model.get_submodule(path), recipe, path)
+            replace_layer(model, path, layer)
+            rows.append(row)
+
+    return place
+
+
+def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, device) -> None:
+    """Take a bitsandbytes checkpoint's 4-bit layers out of `tensors` and into the model."""
+    layers, paths = base_layers(model), bnb.quantized_paths(tensors)
+    for path in paths:
+        name = f"{path}.weight"
+        state = {}
+        for key in [key for key in tensors if key == name or key.startswith(name + ".")]:
+            stored = tensors.pop(key)
+            state[key] = stored.rows(0, stored.shape[0]).to(device)
+        weight = bnb.from_state(state, path)
+        layer = layers.get(path)
+        expected = (layer.out_features, layer.in_features) if layer is not None else None
+        if weight.shape != expected:
+            raise ValueError(f"{name} is a 4-bit matrix {weight.shape}; the config asks for {expected}")
+        if layer is model.head and model.head.weight is model.embed.weight:
+            raise ValueError(f"{name} is 4-bit, but config.json ties it to the embedding")
+        replace_layer(model, path, QuantizedLinear.from_weight(weight, dtype, layer.bias))
 
 
 def build_model(source: str | Path) -> LanguageModel:
@@ -79,6 +132,9 @@ def _open(source, files: ExitStack):
             f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}"
         )
     model_class, config_class = MODELS[names[0]]
+    bnb.check_config(config)
+    if config.pop("quantization_config", None) and not bnb.quantized_paths(tensors):
+        raise ValueError(f"{path}: config.json announces 4-bit weights, and no tensor has a quant_state")
     with torch.device("meta"), SkipInit():
         model = model_class(config_class.from_hf(config))
     model.source = str(source)
@@ -92,12 +148,22 @@ def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:
 
 
 def save_model(model: LanguageModel, folder: str | Path) -> None:
-    """A Hugging Face folder: config.json and model.safetensors; adapters must have been merged."""
+    """A Hugging Face folder: config.json and model.safetensors; adapters must have been merged.
+
+    NF4 and FP4 layers are written as bitsandbytes 4-bit checkpoints are, which transformers loads.
+    """
     if model.adapters:
         raise ValueError(
             f"adapters {sorted(model.adapters)} are still wrapped around the model: "
             "minift.merge(model) first, or minift.save_adapter them"
         )
-    weights.write_folder(
-        folder, model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype
-    )
+    layers = base_layers(model)
+    quantized = {path: layer.quantized() for path, layer in layers.items() if is_quantized(layer)}
+    state = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    config = model.config.to_hf()
+    if quantized:
+        for path, weight in quantized.items():
+            state |= bnb.to_state(weight, path)
+        dense = [path for path in layers if path not in quantized]
+        config["quantization_config"] = bnb.to_config(quantized, dense)
+    weights.write_folder(folder, config, state, model.embed.weight.dtype)

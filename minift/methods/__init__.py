@@ -3,9 +3,11 @@
 from minift.methods.base import Adapter, Method, Plan
 from minift.methods.full import Full
 from minift.methods.lora import LoRA
-from minift.models.interface import LanguageModel
+from minift.methods.qlora import QLoRA
+from minift.models.interface import LanguageModel, base_layers, is_quantized
 
-METHODS = {"full": Full, "lora": LoRA}
+METHODS = {"full": Full, "lora": LoRA, "qlora": QLoRA}
+MERGE_MODES = ("dequantized", "requantized", "original")
 
 
 def apply(model: LanguageModel, method: Method, name: str = "default", seed: int = 0) -> Plan:
@@ -29,11 +31,21 @@ def apply(model: LanguageModel, method: Method, name: str = "default", seed: int
     return plan
 
 
-def merge(model: LanguageModel, name: str | None = None) -> dict[str, float]:
+def merge(
+    model: LanguageModel,
+    name: str | None = None,
+    mode: str = "dequantized",
+    original: LanguageModel | None = None,
+) -> dict[str, float]:
     """Fold an adapter (the only one, or `name`) into the base weights and remove its wrappers.
 
-    Returns, for each path, the largest difference between a merged weight and its exact value; the merged
-    weight is computed in fp32 and rounded once to the base's dtype.
+    On a quantized base, `mode` says what W is in W + delta, and what the layer becomes:
+    "dequantized": the dequantized weight, which the adapter was trained against; the layer becomes dense.
+    "requantized": the same, quantized again in the layer's format.
+    "original": the dense weight of `original`, the model before quantization; the layer becomes dense.
+
+    Returns, for each path, the largest difference between a merged weight and the exact sum of the weight that
+    was trained against and the delta. Sums are computed in fp32 and rounded once.
     """
     if name is None:
         if len(model.adapters) != 1:
@@ -41,6 +53,33 @@ def merge(model: LanguageModel, name: str | None = None) -> dict[str, float]:
         name = next(iter(model.adapters))
     if name not in model.adapters:
         raise ValueError(f"no adapter named {name!r}; resident: {sorted(model.adapters) or 'none'}")
-    errors = model.adapters[name].method.merge(model, name)
+    _check_mode(model, name, mode, original)
+    errors = model.adapters[name].method.merge(model, name, mode, original)
     del model.adapters[name]
     return errors
+
+
+def _check_mode(model, name, mode, original) -> None:
+    if mode not in MERGE_MODES:
+        raise ValueError(f"merge mode {mode!r} is not known; known modes: {', '.join(MERGE_MODES)}")
+    if (mode == "original") != (original is not None):
+        raise ValueError(
+            "merge mode 'original' needs original, the dense model before quantization, and no other mode does"
+        )
+    if mode != "dequantized" and not any(is_quantized(m) for m in model.modules()):
+        raise ValueError(
+            f"merge mode {mode!r} is for quantized models, and no layer of this one is quantized"
+        )
+    if original is None:
+        return
+    layers, found = base_layers(model), base_layers(original)
+    for path in model.adapters[name].modules:
+        shape = (layers[path].out_features, layers[path].in_features)
+        if (
+            path not in found
+            or is_quantized(found[path])
+            or tuple(getattr(found[path], "weight", [[]]).shape) != shape
+        ):
+            raise ValueError(
+                f"original has no dense layer {path} of shape {shape}; load the model that was quantized"
+            )

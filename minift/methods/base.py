@@ -127,8 +127,8 @@ class Method:
         """Trainable parameters by the paper's formula, never read off tensors."""
         raise NotImplementedError
 
-    def merge(self, model: LanguageModel, name: str) -> dict[str, float]:
-        """Fold the adapter into the base weights; path -> largest rounding error of a weight."""
+    def merge(self, model: LanguageModel, name: str, mode: str, original) -> dict[str, float]:
+        """Fold the adapter into the base weights; see `minift.merge` for the arguments and the result."""
         raise ValueError(f"{self.name} cannot be merged into the base weights")
 
 
@@ -139,10 +139,6 @@ class Adapter:
     method: Method
     plan: Plan
     modules: dict = field(default_factory=dict, repr=False)  # path -> the wrapper at that site
-
-
-def parameter_count(model) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:

@@ -122,8 +122,8 @@ def load_adapter(
         stored = {_our_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if check_base and facts.get("minift.base_fingerprint", fingerprint(model)) != fingerprint(model):
         raise ValueError(
-            f"{folder} was trained on another base model than {model.source or 'this one'} "
-            "(fingerprints differ); load that base, or pass check_base=False"
+            f"{folder} was trained on another base model than {model.source or 'this one'}, or on one "
+            "quantized otherwise (fingerprints differ); load that base, or pass check_base=False"
         )
     expected = {}
     for site in method.plan(model).sites:
@@ -229,7 +229,8 @@ def _peft_targets(model: LanguageModel, paths: list[str]) -> tuple[list[str], li
 def fingerprint(model: LanguageModel) -> str:
     """SHA-256 over the base's parameter names and shapes and, as bf16, the first and last row of each.
 
-    The same for a base held in fp32 or bf16; wrappers and adapters are left out.
+    Of quantized parameters, the first and last 1024 bytes. The same for a base held in fp32 or bf16; wrappers
+    and adapters are left out.
     """
     digest = hashlib.sha256()
     base = {
@@ -239,7 +240,9 @@ def fingerprint(model: LanguageModel) -> str:
     }
     for name, p in sorted(base.items()):
         digest.update(f"{name}:{tuple(p.shape)}".encode())
-        if p.device.type != "meta":
+        if p.dtype == torch.uint8 and not p.is_meta:
+            digest.update(torch.cat((p.detach()[:1024], p.detach()[-1024:])).cpu().numpy().tobytes())
+        elif not p.is_meta:
             ends = torch.stack((p.detach()[0], p.detach()[-1])).to(torch.bfloat16).cpu()
             digest.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from minift.methods.base import Method, Plan, Site, parameter_count
-from minift.models.interface import LanguageModel
+from minift.methods.base import Method, Plan, Site
+from minift.models.interface import LanguageModel, base_layers, is_quantized, parameter_count
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,13 @@ class Full(Method):
     def refuses(self, model):
         if model.adapters:
             return f"adapters {sorted(model.adapters)} are resident; merge them first"
-        frozen = [name for name, p in model.named_parameters() if not p.is_floating_point()]
-        return f"{frozen[0]} is stored quantized; full fine-tuning needs dense weights" if frozen else None
+        frozen = [path for path, layer in base_layers(model).items() if is_quantized(layer)]
+        if frozen:
+            return (
+                f"{frozen[0]} is quantized; full fine-tuning needs dense weights: load the model without "
+                "quantize, or train an adapter (lora)"
+            )
+        return None
 
     def plan(self, model: LanguageModel) -> Plan:
         sites = tuple(Site(path, "all", tuple(p.shape), p.numel()) for path, p in model.named_parameters())
@@ -42,7 +47,7 @@ class Full(Method):
             total += size
         return total
 
-    def merge(self, model, name):
+    def merge(self, model, name, mode, original):
         """The trained weights are the model's weights already: nothing to round."""
         model.requires_grad_(False)
         return {site.path: 0.0 for site in model.adapters[name].plan.sites}

@@ -9,6 +9,7 @@ Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1 and its code (microsoft/L
 2023, arXiv:2312.03732, definition 3.1.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from minift.methods.base import Method, Plan, Site, generator, parameter_count
-from minift.models.interface import LanguageModel, base_layers, dense_weight, replace_layer, set_weight
+from minift.methods.base import Method, Plan, Site, generator
+from minift.models.interface import (
+    LanguageModel,
+    base_layers,
+    dense_weight,
+    is_quantized,
+    parameter_count,
+    replace_layer,
+)
 from minift.models.targets import match
 
 
@@ -125,7 +133,7 @@ class LoRA(Method):
         rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform)
         for path, rule in rules.items():
             layer = layers[path]
-            tied = layer is model.head and _innermost(layer).weight is model.embed.weight
+            tied = layer is model.head and getattr(innermost(layer), "weight", None) is model.embed.weight
             if tied:
                 raise ValueError(
                     f"{path} is tied to the embedding, which a low-rank branch on one of the two would "
@@ -168,28 +176,48 @@ class LoRA(Method):
     def count(self, plan):
         return sum(self.r * (fan_in + fan_out) for fan_out, fan_in in (site.shape for site in plan.sites))
 
-    def merge(self, model, name):
-        """W + scaling * B A, in fp32, rounded once to W's dtype; checked whole before any weight changes."""
+    def merge(self, model, name, mode="dequantized", original=None):
+        """W + scaling * B A in fp32, rounded once; every layer is checked before any weight changes."""
         modules, merged, errors = model.adapters[name].modules, {}, {}
         for path, layer in modules.items():
-            weight = dense_weight(_innermost(layer))
-            exact = weight.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
-            merged[path] = (weight.float() + layer.delta().float()).to(weight.dtype)
-            if not torch.isfinite(merged[path]).all():
+            base = innermost(layer)
+            trained_against = dense_weight(base)
+            exact = trained_against.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+            start = dense_weight(base_layers(original)[path]) if original is not None else trained_against
+            weight = start.to(trained_against.device).float() + layer.delta().float()
+            merged[path] = merged_layer(base, weight, mode)
+            got = dense_weight(merged[path])
+            if not torch.isfinite(got).all():
                 raise ValueError(
                     f"merging {name!r} into {path} gives non-finite weights; nothing was changed"
                 )
-            errors[path] = (merged[path].double() - exact).abs().max().item()
+            errors[path] = (got.double() - exact).abs().max().item()
         for path, layer in modules.items():
-            set_weight(_innermost(layer), merged[path])
+            _replace_innermost(layer, merged[path])
             _unwrap(model, path, layer)
         return errors
 
 
-def _innermost(layer: nn.Module) -> nn.Module:
+def merged_layer(base: nn.Module, weight: torch.Tensor, mode: str) -> nn.Module:
+    """A layer as `base` with another matrix: quantized again in mode "requantized", otherwise dense."""
+    if is_quantized(base):
+        return base.requantized(weight) if mode == "requantized" else base.dense(weight)
+    layer = copy.copy(base)  # shares the bias
+    layer._parameters = {**base._parameters, "weight": nn.Parameter(weight.to(base.weight.dtype), False)}
+    return layer
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The base layer inside any number of wrappers."""
     while isinstance(layer, LoRALinear):
         layer = layer.base
     return layer
+
+
+def _replace_innermost(layer: LoRALinear, base: nn.Module) -> None:
+    while isinstance(layer.base, LoRALinear):
+        layer = layer.base
+    layer.base = base
 
 
 def _unwrap(model: LanguageModel, path: str, layer: LoRALinear) -> None:

@@ -29,6 +29,8 @@ class LanguageModel(nn.Module):
         self.source = ""  # what load_model was asked for, and the dtype
         self.loaded_dtype = ""
         self.adapters = {}
+        self.quantization = ()  # a quant.Quantization for each time that layers were quantized
+        self.quantization_table = ()  # what that did to each layer
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -123,14 +125,29 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
+def is_quantized(layer) -> bool:
+    return hasattr(layer, "quantized")
+
+
 def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """The matrix (out, in) of a linear layer."""
+    """The matrix (out, in) of a linear layer; of a quantized one, dequantized."""
+    if is_quantized(layer):
+        return layer.dequantize()
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{type(layer).__name__} has no dense weight; merge or remove what wraps it first")
     return layer.weight
 
 
 def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
-    """Write the matrix (out, in) of a linear layer; the dtype stays the layer's."""
+    """Write the matrix (out, in) of a linear layer; its dtype, or its quantized format, stays."""
     with torch.no_grad():
-        dense_weight(layer).copy_(weight)
+        if is_quantized(layer):
+            layer.quantize_(weight)
+        else:
+            dense_weight(layer).copy_(weight)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Elements of all parameters, a tied one once; a quantized weight counts as the matrix that it stands for."""
+    total = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    return total + sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))

@@ -18,20 +18,27 @@ def fits(path: str, rule: str) -> bool:
     return path == rule or path.endswith("." + rule)
 
 
-def match(model: LanguageModel, target_modules, exclude_modules=(), layers=()) -> dict[str, str]:
+def match(
+    model: LanguageModel,
+    target_modules,
+    exclude_modules=(),
+    layers=(),
+    fields=("target_modules", "exclude_modules"),
+) -> dict[str, str]:
     """Path -> the first rule that means it, in the model's order. A rule that matches nothing is an error.
 
     `layers` holds block numbers and ranges, as 3 or "8-15"; empty means all, and layers outside the blocks.
+    `fields` is what errors call the two lists of rules.
     """
     paths = list(base_layers(model))
     head = next(path for path in paths if model.get_submodule(path) is model.head)
     if not target_modules:
-        raise ValueError(f"target_modules is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
+        raise ValueError(f"{fields[0]} is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
 
     def hits(rule):
         return [p for p in paths if (p != head if rule == ALL_LINEAR else fits(p, rule))]
 
-    for field, rules in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+    for field, rules in zip(fields, (target_modules, exclude_modules), strict=True):
         for rule in rules:
             if not hits(rule):
                 raise ValueError(f"{field} {[rule]} match no linear layer; nearest: {nearest(rule, paths)}")
@@ -45,8 +52,9 @@ def match(model: LanguageModel, target_modules, exclude_modules=(), layers=()) -
     for rule in target_modules:
         if not any(path in found for path in hits(rule)):
             raise ValueError(
-                f"target_modules {[rule]} match only layers that exclude_modules "
-                f"{list(exclude_modules)} or layers_to_transform {list(layers)} leave out"
+                f"{fields[0]} {[rule]} match only layers that {fields[1]} {list(exclude_modules)}"
+                + (f" or layers_to_transform {list(layers)}" if layers else "")
+                + " leave out"
             )
     return found
 

@@ -99,9 +99,15 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
     return {"architectures": ["LlamaForCausalLM"], **config}, tensors
 
 
-def fill(model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device="cpu") -> None:
-    """Give a meta-device model its weights, each rounded once to `dtype`."""
-    parameters = dict(model.named_parameters())  # a tied head appears once
+def fill(
+    model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device="cpu", place=None
+) -> None:
+    """Give a meta-device model its weights, each rounded once to `dtype`; what has weights already keeps them.
+
+    `place(model, name, tensor)` puts one tensor where it belongs: by default, as the parameter of that name.
+    """
+    place = place or set_parameter
+    parameters = {name: p for name, p in model.named_parameters() if p.is_meta}  # a tied head appears once
     tensors = {
         name: t
         for name, t in tensors.items()
@@ -121,13 +127,15 @@ def fill(model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype,
                 f"{name} has shape {tensors[name].shape} in the checkpoint; "
                 f"the config asks for {tuple(parameter.shape)}"
             )
-    for name, parameter in parameters.items():
-        owner, _, attribute = name.rpartition(".")
-        filled = _read(name, tensors[name], dtype, device)
-        setattr(
-            model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=parameter.requires_grad)
-        )
+    for name in parameters:
+        place(model, name, _read(name, tensors[name], dtype, device))
     model.tie_weights()
+
+
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    requires_grad = model.get_parameter(name).requires_grad
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
 def _read(name: str, source: StoredTensor, dtype, device) -> torch.Tensor:
@@ -155,7 +163,7 @@ def _check_tied_copies(model, parameters, tensors) -> None:
     """Some checkpoints store a tied head beside its embedding: accept an equal copy, refuse another."""
     names = {id(p): name for name, p in parameters.items()}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
-        name = names[id(parameter)]
+        name = names.get(id(parameter), alias)
         if alias == name or alias not in tensors or name not in tensors:
             continue
         copy, original = tensors.pop(alias), tensors[name]

@@ -1,0 +1,51 @@
+"""QLoRA: quantize the linear layers, then LoRA on all of them. A recipe, not a layer.
+
+    y = x dequantize(W4)^T + scaling * B A x
+
+W4 is frozen; A and B stay fp32. Trainable: r * (in + out) for each layer, as for LoRA. The start is the
+quantized model. Layers that are quantized already keep their format. To never hold the dense model, quantize
+while loading: `load_model(source, quantize=method.quantization)`, which is what `minift train` does.
+Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from minift.methods.lora import LoRA
+from minift.models.interface import base_layers, is_quantized
+from minift.models.targets import ALL_LINEAR
+from minift.quant import Quantization, quantize_model
+
+
+@dataclass(frozen=True)
+class QLoRA(LoRA):
+    name: ClassVar[str] = "qlora"
+    identity_at_init: ClassVar[str] = "none"  # bitwise the quantized model, not the dense one
+
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    """Names, globs over whole paths, or "all-linear"."""
+    format: str = "nf4"
+    """Of the frozen weights: nf4, fp4, int8 or int8_dynamic."""
+    block_size: int = 64
+    """Elements that share a scale: a power of two, 32 to 4096."""
+    double_quant: bool = True
+    """Store the scales as 8-bit codes."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.quantization.format:
+            raise ValueError("format is empty; QLoRA needs a quantized base, or use the method lora")
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization(self.format, self.block_size, self.double_quant)
+
+    def inject(self, model, plan, name, seed):
+        paths = [path for path, layer in base_layers(model).items() if path != self._head(model)]
+        if not any(is_quantized(model.get_submodule(path)) for path in paths):
+            quantize_model(model, self.format, self.block_size, self.double_quant)
+        super().inject(model, plan, name, seed)
+
+    @staticmethod
+    def _head(model) -> str:
+        return next(path for path, layer in base_layers(model).items() if layer is model.head)

@@ -1,0 +1,165 @@
+"""The contract of quantized weights: what a Format computes and where a Layout puts its bytes.
+
+A weight of n elements, flattened, is cut into blocks of `block_size` (the last may be short, and a block may
+straddle rows). Each block keeps absmax = max |w|, and each element the code of a number in [-1, 1]:
+
+    code = encode(w / absmax),   dequantized = codebook[code] * absmax, in fp32, then rounded once to the dtype
+
+A block whose absmax is below 2^-126, the smallest normal fp32, is a block of zeros: absmax 0, codes of zero.
+4-bit codes are packed two to a byte, the first in the high nibble; an odd one is followed by the code of zero.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import torch
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK_SIZE = 256  # of the second quantization, as in bitsandbytes
+CHUNK = 2**18  # elements quantized at a time
+CELLS = 4096
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Format:
+    """A table of numbers. A new 4-bit format is a name and 16 of them; the 8-bit ones have their own `encode`."""
+
+    name: str
+    bits: int  # 4 or 8
+    codebook: tuple[float, ...]  # code -> value in [-1, 1], rounded to fp32
+
+    def encode(self, blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
+        """Codes (uint8) of fp32 blocks (b, size): the nearest value; on a midpoint, the lower one.
+
+        A midpoint is the fp32 mean of two neighbours. A cell of [-1, 1] holds at most one of them, so a look-up
+        and one comparison count the midpoints below a number exactly.
+        """
+        scaled = self.scale(blocks, absmax, short).view(-1)
+        below, midpoint = self.cells(scaled.device)
+        cell = _cell(scaled)
+        index = below.index_select(0, cell)
+        index += (scaled > midpoint.index_select(0, cell)).view(torch.uint8)
+        order = torch.argsort(self.values("cpu"), stable=True).to(torch.uint8)
+        if torch.equal(order, torch.arange(len(order))):
+            return index.view(blocks.shape)
+        return order.to(index.device).index_select(0, index.int()).view(blocks.shape)
+
+    @cache  # noqa: B019 (formats live as long as the process)
+    def cells(self, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cell -> how many midpoints lie in lower cells (uint8), and the midpoint in it, or infinity (fp32)."""
+        values = self.values("cpu").sort().values
+        midpoints = (values[:-1] + values[1:]) / 2
+        cell = _cell(midpoints)
+        if (cell.diff() < 1).any():
+            raise ValueError(
+                f"format {self.name}: values closer than {4 / CELLS:g} need an encode of their own"
+            )
+        midpoint = torch.full((CELLS + 1,), float("inf"))
+        midpoint[cell.long()] = midpoints
+        below = torch.zeros(CELLS + 2, dtype=torch.uint8)
+        below[cell.long() + 1] = 1
+        return below.cumsum(0)[:-1].to(torch.uint8).to(device), midpoint.to(device)
+
+    @staticmethod
+    def scale(blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
+        """w / absmax, zero in blocks of zeros.
+
+        As bitsandbytes on CPUs: whole blocks are multiplied by 1/absmax, a short one is divided.
+        """
+        divisor = absmax.masked_fill(absmax == 0, float("inf"))[:, None]
+        return blocks / divisor if short else blocks * (1 / divisor)
+
+    def quantize(self, flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """flat (n,), any floating dtype -> packed (ceil(n bits / 8),) uint8, absmax (blocks,) fp32."""
+        n = flat.numel()
+        packed = torch.empty(-(-n * self.bits // 8), dtype=torch.uint8, device=flat.device)
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+        whole = n // block_size * block_size
+        step = max(1, CHUNK // block_size) * block_size
+        parts = [(start, min(whole, start + step)) for start in range(0, whole, step)]
+        for start, stop in [*parts, (whole, n)] if whole < n else parts:
+            short = stop - start < block_size
+            blocks = flat[start:stop].float().view(-1, stop - start if short else block_size)
+            largest = blocks.abs().amax(dim=1)
+            largest.masked_fill_(largest < TINY, 0)
+            absmax[start // block_size : -(-stop // block_size)] = largest
+            codes = self.encode(blocks, largest, short).view(-1)
+            packed[start * self.bits // 8 : -(-stop * self.bits // 8)] = self.pack(codes)
+        return packed, absmax
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (n,) uint8 -> bytes."""
+        if self.bits == 8:
+            return codes
+        if codes.numel() % 2:
+            zero = self.codebook.index(0.0)
+            codes = torch.cat((codes, codes.new_tensor([zero])))
+        pairs = codes.view(-1, 2)
+        return torch.add(pairs[:, 1], pairs[:, 0], alpha=16)
+
+    @property
+    def bound(self) -> float:
+        """Largest |w - dequantized| / absmax in exact arithmetic: half of the widest gap in [-1, 1]."""
+        values = sorted(self.values("cpu").double().tolist())
+        return max([(b - a) / 2 for a, b in zip(values, values[1:], strict=False)] + [values[0] + 1])
+
+    def bytes(self, shape, block_size: int = 64, double_quant: bool = True) -> int:
+        """The storage law: what a weight of this shape takes."""
+        return sum(Layout(self, tuple(shape), block_size, double_quant).sizes().values())
+
+    @cache  # noqa: B019
+    def values(self, device) -> torch.Tensor:
+        """The codebook as fp32."""
+        return torch.tensor(self.codebook, dtype=torch.float32, device=device)
+
+    @cache  # noqa: B019
+    def lookup(self, device) -> torch.Tensor:
+        """Byte -> the values that it holds, (256, 8 / bits) fp32."""
+        byte = torch.arange(256, device=device)
+        codes = torch.stack((byte >> 4, byte & 15), dim=1) if self.bits == 4 else byte[:, None]
+        return self.values(device)[codes].contiguous()
+
+
+def _cell(scaled: torch.Tensor) -> torch.Tensor:
+    """Number in [-1, 1] -> 0 to CELLS, int32. Each step is monotone, so cells are intervals."""
+    return ((scaled + 1) * (CELLS / 2)).clamp_(0, CELLS).int()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a quantized weight is stored as. Everything is 1-D uint8, fp32 numbers as their bytes.
+
+    uint8 parameters shard under FSDP2 unchanged, and no policy for mixed precision rounds the scales.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    block_size: int
+    double_quant: bool
+
+    def __post_init__(self):
+        if self.block_size not in BLOCK_SIZES or isinstance(self.block_size, bool):
+            raise ValueError(
+                f"block_size is {self.block_size!r}; supported: {', '.join(map(str, BLOCK_SIZES))}"
+            )
+
+    @property
+    def n(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.n // self.block_size)
+
+    def sizes(self) -> dict[str, int]:
+        """Tensor -> bytes. packed: the codes. absmax: fp32, or one code a block under double quantization.
+
+        NF4 in blocks of 64, double quantization: n/2 + n/64 + 4 n / (64 * 256) + 4, each rounded up.
+        """
+        packed = -(-self.n * self.format.bits // 8)
+        if not self.double_quant:
+            return {"packed": packed, "absmax": 4 * self.blocks}
+        groups = -(-self.blocks // NESTED_BLOCK_SIZE)
+        return {"packed": packed, "absmax": self.blocks, "nested_absmax": 4 * groups, "offset": 4}

@@ -1,0 +1,49 @@
+"""The two 8-bit formats.
+
+int8: code = round(127 w / absmax), ties to even, -127 to 127 as two's complement bytes; value code / 127.
+
+int8_dynamic: the signed dynamic map (codebook.py), whose values stand close together around zero. w / absmax is
+first rounded to one of 65,536 even steps over [-1, 1], and the step has its nearest code, as bitsandbytes 0.50
+does on CPUs: codes for values below 2^-16 are therefore never chosen. A block of zeros stores code 0, as there.
+"""
+
+from functools import cache
+
+import torch
+
+from minift.quant.base import Format
+from minift.quant.codebook import INT8, dynamic_map
+
+STEPS = 65535
+
+
+class Int8(Format):
+    def encode(self, blocks, absmax, short):
+        return (self.scale(blocks, absmax, short) * 127).round().to(torch.int8).view(torch.uint8)
+
+    @property
+    def bound(self) -> float:
+        return 0.5 / 127
+
+
+class DynamicInt8(Format):
+    def encode(self, blocks, absmax, short):
+        scaled = self.scale(blocks, absmax, short=False).clamp(-1, 1)
+        step = ((scaled + 1) * 0.5 * STEPS + 0.5).int()
+        codes = self.nearest_of_steps(blocks.device).index_select(0, step.view(-1)).view(blocks.shape)
+        return codes.masked_fill_((absmax == 0)[:, None], 0)
+
+    @cache  # noqa: B019
+    def nearest_of_steps(self, device) -> torch.Tensor:
+        """Step -> code, (65536,) uint8; on a midpoint, the lower one."""
+        values = self.values(device)
+        steps = -1 + 2 * torch.arange(STEPS + 1, dtype=torch.float32, device=device) / STEPS
+        return torch.bucketize(steps, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+    @property
+    def bound(self) -> float:
+        return super().bound + 1 / STEPS
+
+
+INT8_FORMAT = Int8("int8", 8, INT8)
+INT8_DYNAMIC = DynamicInt8("int8_dynamic", 8, dynamic_map())
