@@ -12,6 +12,8 @@ USAGE = """minift VERB ...
   fetch NAME                             get real weights into the cache folder: smollm2, minilm
   train CONFIG.toml [--PATH VALUE ...]   fine-tune; --overwrite or --resume for a folder that holds a run
   plan  CONFIG.toml [--PATH VALUE ...]   what that config would train, without loading weights
+  quantize MODEL [--format nf4] [--report [DIR]] [--output DIR]      error of each layer; a 4-bit checkpoint
+  merge MODEL --adapter DIR --output DIR [--quantize nf4] [--mode M]  fold an adapter in, with its error
   generate MODEL [--adapter DIR] TEXT    continue a text, or answer it with --chat
 
 settings are the config's own paths: --method lora --method.r 16 --train.epochs 2
@@ -20,7 +22,15 @@ MINIFT_TRACEBACK=1 shows where an error came from"""
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    verbs = {"demo": demo, "fetch": fetch, "train": train, "plan": plan, "generate": generate}
+    verbs = {
+        "demo": demo,
+        "fetch": fetch,
+        "train": train,
+        "plan": plan,
+        "quantize": quantize,
+        "merge": merge,
+        "generate": generate,
+    }
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -63,10 +73,11 @@ def demo(argv):
     parser.add_argument(
         "--output", default="", help="folder of the run; default: out/demo or out/demo-quick, replaced"
     )
+    parser.add_argument("--method", default="lora", help="lora or qlora")
     arguments = parser.parse_args(argv)
     from minift.demo import run
 
-    run(arguments.quick, arguments.output)
+    run(arguments.quick, arguments.output, arguments.method)
 
 
 def fetch(argv):
@@ -96,7 +107,9 @@ def train(argv):
     from minift.training.loop import train as run
 
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, config.device)
+    model = load_model(config.model, config.dtype, config.device, config.quantization)
+    if model.quantization:
+        print(model.quantization_table.totals())
     print(apply(model, config.method, seed=config.train.seed))
     metrics = run(
         model,
@@ -118,6 +131,52 @@ def plan(argv):
     print(config.method.plan(build_model(config.model)))
 
 
+def quantize(argv):
+    parser = _Parser("minift quantize", allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--output", default="", help="folder for a 4-bit checkpoint, as bitsandbytes' are")
+    parser.add_argument("--report", nargs="?", const="out/quantize", default="", metavar="DIR")
+    parser.add_argument("--text", default="", help="file for the perplexity; default: Python's reference")
+    parser.add_argument("--dtype", default="bfloat16")
+    _quantization_flags(parser, "--format", "nf4")
+    a = parser.parse_args(argv)
+    if a.text and not a.report:
+        raise ValueError("--text is for the perplexity in a report; give --report as well")
+    from minift.reports.quantization import quantize as run
+
+    run(a.model, _quantization(a, a.format), a.dtype, a.output, a.report, a.text)
+
+
+def merge(argv):
+    parser = _Parser("minift merge", allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--mode", default="dequantized", help="dequantized, requantized or original")
+    parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
+    parser.add_argument("--dtype", default="bfloat16")
+    _quantization_flags(parser, "--quantize", "")
+    a = parser.parse_args(argv)
+    from minift.reports.merging import merge as run
+
+    run(a.model, a.adapter, a.output, _quantization(a, a.quantize), a.mode, a.dtype, a.text)
+
+
+def _quantization_flags(parser, name: str, default: str) -> None:
+    parser.add_argument(name, default=default, help="nf4, fp4, int8 or int8_dynamic")
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument("--only", default="all-linear", help="rules, separated by commas")
+    parser.add_argument("--skip", default="")
+
+
+def _quantization(a, format: str):
+    from minift.quant import Quantization
+
+    only, skip = (tuple(r.strip() for r in rules.split(",") if r.strip()) for rules in (a.only, a.skip))
+    return Quantization(format, a.block_size, not a.no_double_quant, only, skip)
+
+
 def generate(argv):
     parser = _Parser("minift generate")
     parser.add_argument("model")
@@ -125,6 +184,7 @@ def generate(argv):
     parser.add_argument("--adapter")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
+    _quantization_flags(parser, "--quantize", "")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -136,7 +196,8 @@ def generate(argv):
     from minift.methods.files import load_adapter
     from minift.models.generate import generate as continue_
 
-    tokenizer, model = load_tokenizer(a.model), load_model(a.model, a.dtype)
+    tokenizer = load_tokenizer(a.model)
+    model = load_model(a.model, a.dtype, quantize=_quantization(a, a.quantize))
     if a.adapter:
         load_adapter(model, a.adapter)
     prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")

@@ -14,7 +14,10 @@ from pathlib import Path
 from minift.methods import METHODS
 from minift.methods.base import Method
 from minift.methods.lora import LoRA
+from minift.quant import Quantization
 from minift.training.settings import TrainConfig
+
+NAMED_TABLES = {"method": "name", "quantize": "format"}  # a text in place of the table means this key
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,15 @@ class RunConfig:
     device: str = "cpu"
     valid: str = ""
     """JSONL file of validation rows; empty means none."""
+    quantize: Quantization = field(default_factory=lambda: Quantization(format=""))
+    """Quantize the base while it is loaded; without a format it stays dense, or as method qlora says."""
     method: Method = field(default_factory=LoRA)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def quantization(self) -> Quantization:
+        """What to load the base with."""
+        return self.quantize if self.quantize.format else getattr(self.method, "quantization", self.quantize)
 
 
 def read_config(path: str | Path) -> dict:
@@ -68,17 +78,21 @@ def read_flags(words: list[str]) -> dict[str, str]:
 
 
 def override(tree: dict, flags: dict[str, str]) -> dict:
-    """A copy of the tree with flags written over it; `--method lora` is `--method.name lora`."""
+    """A copy of the tree with flags written over it.
+
+    `--method lora` is `--method.name lora`, and `--quantize nf4` is `--quantize.format nf4`.
+    """
     tree = json.loads(json.dumps(tree, default=str))
-    if isinstance(tree.get("method"), str):
-        tree["method"] = {"name": tree["method"]}
-    if not isinstance(tree.get("method", {}), dict):
-        raise ValueError(f"method is {tree['method']!r}, expected a table with name")
+    for table, key in NAMED_TABLES.items():
+        if isinstance(tree.get(table), str):
+            tree[table] = {key: tree[table]}
+        if not isinstance(tree.get(table, {}), dict):
+            raise ValueError(f"{table} is {tree[table]!r}, expected a table with {key}")
     named = flags.get("method", flags.get("method.name"))
     if named is not None and tree.get("method", {}).get("name", "lora") != named:
         tree["method"] = {}  # another method has other fields
     for path, value in flags.items():
-        *tables, name = ("method", "name") if path == "method" else path.split(".")
+        *tables, name = (path, NAMED_TABLES[path]) if path in NAMED_TABLES else path.split(".")
         at = tree
         for table in tables:
             at = at.setdefault(table, {})

@@ -17,6 +17,7 @@ from minift.fetch import fetch
 from minift.load import load_model, load_tokenizer
 from minift.methods import apply
 from minift.methods.lora import LoRA
+from minift.methods.qlora import QLoRA
 from minift.metrics.language_model import perplexity
 from minift.metrics.rouge import rouge
 from minift.models.generate import generate
@@ -27,7 +28,7 @@ from minift.training.log import peak_memory_mib
 from minift.training.loop import train
 from minift.training.settings import TrainConfig
 
-METHOD = LoRA(r=8, alpha=16, target_modules=("q_proj", "v_proj"))
+METHODS = {"lora": LoRA(r=8, alpha=16, target_modules=("q_proj", "v_proj")), "qlora": QLoRA(r=8, alpha=16)}
 GENERATION_BATCH = 16
 MAX_NEW_TOKENS = 48
 
@@ -43,19 +44,23 @@ FULL = Size(48, 640, TrainConfig(output="out/demo", learning_rate=2e-3, warmup_s
 QUICK = Size(16, 96, TrainConfig(output="out/demo-quick", learning_rate=2e-3, warmup_steps=2))
 
 
-def run(quick: bool = False, output: str = "") -> dict:
+def run(quick: bool = False, output: str = "", method: str = "lora") -> dict:
     """Fetch, evaluate, train, evaluate, print; returns what it printed and writes it to demo.json."""
     start = time.perf_counter()
     size = QUICK if quick else FULL
-    config = TrainConfig(**{**vars(size.train), "output": output or size.train.output})
+    if method not in METHODS:
+        raise ValueError(f"the demo's methods are {', '.join(METHODS)}; got {method!r}")
+    folder = size.train.output + ("" if method == "lora" else f"-{method}")
+    config = TrainConfig(**{**vars(size.train), "output": output or folder})
     fetch("smollm2")
     rows, held_out = split(pairs(), size.held_out)
     rows = rows[: size.train_rows]
     tokenizer = load_tokenizer("smollm2")
-    model = load_model("smollm2", dtype="bfloat16")
+    chosen = METHODS[method]
+    model = load_model("smollm2", dtype="bfloat16", quantize=getattr(chosen, "quantization", None))
     print(f"{len(rows)} functions to learn from, {len(held_out)} held out, from other modules\n")
-    plan = apply(model, METHOD)
-    print(plan, "\n")
+    plan = apply(model, chosen)
+    print(*[table.totals() for table in [model.quantization_table] if table], plan, sep="\n", end="\n\n")
 
     before = evaluate(model, tokenizer, held_out, config)  # B is zero: the base model
     metrics = train(model, tokenizer, rows, config, overwrite=not output)

@@ -55,10 +55,10 @@ def load_model(
 ) -> LanguageModel:
     """Build on the meta device, fill tensor by tensor. `dtype`, of storage and compute, is one of DTYPES.
 
-    `quantize` is a format ("nf4") or a Quantization: each linear layer that it means is quantized as soon as it
-    has been read, with the numbers of `quantize_model` after a dense load. A bitsandbytes 4-bit folder loads as
-    it is. Peak private memory: the model's bytes, one of its largest tensors where layers are quantized, and
-    one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
+    `quantize` is a format ("nf4") or a Quantization: each linear layer that it means is quantized as soon as
+    it has been read, with the numbers of `quantize_model` after a dense load. A bitsandbytes 4-bit folder
+    loads as it is. Peak private memory: the model's bytes, one of its largest tensors where layers are
+    quantized, and one chunk of rows (`weights.CHUNK_BYTES`) with its copies.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -44,8 +44,8 @@ def merge(
     "requantized": the same, quantized again in the layer's format.
     "original": the dense weight of `original`, the model before quantization; the layer becomes dense.
 
-    Returns, for each path, the largest difference between a merged weight and the exact sum of the weight that
-    was trained against and the delta. Sums are computed in fp32 and rounded once.
+    Returns, for each path, the largest difference between a merged weight and the exact sum of the weight
+    that was trained against and the delta. Sums are computed in fp32 and rounded once.
     """
     if name is None:
         if len(model.adapters) != 1:
@@ -64,7 +64,7 @@ def _check_mode(model, name, mode, original) -> None:
         raise ValueError(f"merge mode {mode!r} is not known; known modes: {', '.join(MERGE_MODES)}")
     if (mode == "original") != (original is not None):
         raise ValueError(
-            "merge mode 'original' needs original, the dense model before quantization, and no other mode does"
+            "mode 'original' needs original, the dense model before quantization, and no other mode does"
         )
     if mode != "dequantized" and not any(is_quantized(m) for m in model.modules()):
         raise ValueError(

@@ -3,15 +3,15 @@
     y = x dequantize(W4)^T + scaling * B A x
 
 W4 is frozen; A and B stay fp32. Trainable: r * (in + out) for each layer, as for LoRA. The start is the
-quantized model. Layers that are quantized already keep their format. To never hold the dense model, quantize
-while loading: `load_model(source, quantize=method.quantization)`, which is what `minift train` does.
-Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
+quantized model. A base that is quantized already, in the same format, stays as it is. To never hold the dense
+model, quantize while loading: `load_model(source, quantize=method.quantization)`, which is what `minift
+train` does. Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minift.methods.lora import LoRA
+from minift.methods.lora import LoRA, innermost
 from minift.models.interface import base_layers, is_quantized
 from minift.models.targets import ALL_LINEAR
 from minift.quant import Quantization, quantize_model
@@ -40,12 +40,19 @@ class QLoRA(LoRA):
     def quantization(self) -> Quantization:
         return Quantization(self.format, self.block_size, self.double_quant)
 
+    def refuses(self, model):
+        mine = (self.format, self.block_size, self.double_quant)
+        for path, layer in base_layers(model).items():
+            layout = getattr(innermost(layer), "layout", None)
+            found = layout and (layout.format.name, layout.block_size, layout.double_quant)
+            if found and found != mine:
+                return (
+                    f"{path} is quantized with (format, block_size, double_quant) {found}, the method says "
+                    f"{mine}; let them agree, or apply lora, which takes any base"
+                )
+        return None
+
     def inject(self, model, plan, name, seed):
-        paths = [path for path, layer in base_layers(model).items() if path != self._head(model)]
-        if not any(is_quantized(model.get_submodule(path)) for path in paths):
+        if not any(is_quantized(module) for module in model.modules()):
             quantize_model(model, self.format, self.block_size, self.double_quant)
         super().inject(model, plan, name, seed)
-
-    @staticmethod
-    def _head(model) -> str:
-        return next(path for path, layer in base_layers(model).items() if layer is model.head)

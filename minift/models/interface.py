@@ -148,6 +148,7 @@ def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Elements of all parameters, a tied one once; a quantized weight counts as the matrix that it stands for."""
+    """Elements of all parameters, a tied one once; a quantized weight counts as the matrix that it stands
+    for."""
     total = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     return total + sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))

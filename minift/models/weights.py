@@ -102,7 +102,8 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 def fill(
     model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device="cpu", place=None
 ) -> None:
-    """Give a meta-device model its weights, each rounded once to `dtype`; what has weights already keeps them.
+    """Give a meta-device model its weights, each rounded once to `dtype`; what has weights already keeps
+    them.
 
     `place(model, name, tensor)` puts one tensor where it belongs: by default, as the parameter of that name.
     """

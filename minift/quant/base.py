@@ -3,14 +3,17 @@
 A weight of n elements, flattened, is cut into blocks of `block_size` (the last may be short, and a block may
 straddle rows). Each block keeps absmax = max |w|, and each element the code of a number in [-1, 1]:
 
-    code = encode(w / absmax),   dequantized = codebook[code] * absmax, in fp32, then rounded once to the dtype
+    code = encode(w / absmax),   dequantized = codebook[code] * absmax, in fp32, then rounded once to the
+    dtype
 
 A block whose absmax is below 2^-126, the smallest normal fp32, is a block of zeros: absmax 0, codes of zero.
-4-bit codes are packed two to a byte, the first in the high nibble; an odd one is followed by the code of zero.
+4-bit codes are packed two to a byte, the first in the high nibble; an odd one is followed by the code of
+zero.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -24,7 +27,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Format:
-    """A table of numbers. A new 4-bit format is a name and 16 of them; the 8-bit ones have their own `encode`."""
+    """A table of numbers. A new 4-bit format is a name and 16 of them; the 8-bit ones have their own
+    `encode`."""
 
     name: str
     bits: int  # 4 or 8
@@ -33,8 +37,8 @@ class Format:
     def encode(self, blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
         """Codes (uint8) of fp32 blocks (b, size): the nearest value; on a midpoint, the lower one.
 
-        A midpoint is the fp32 mean of two neighbours. A cell of [-1, 1] holds at most one of them, so a look-up
-        and one comparison count the midpoints below a number exactly.
+        A midpoint is the fp32 mean of two neighbours. A cell of [-1, 1] holds at most one of them, so a
+        look-up and one comparison count the midpoints below a number exactly.
         """
         scaled = self.scale(blocks, absmax, short).view(-1)
         below, midpoint = self.cells(scaled.device)
@@ -48,7 +52,8 @@ class Format:
 
     @cache  # noqa: B019 (formats live as long as the process)
     def cells(self, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cell -> how many midpoints lie in lower cells (uint8), and the midpoint in it, or infinity (fp32)."""
+        """Cell -> how many midpoints lie in lower cells (uint8), and the midpoint in it, or infinity
+        (fp32)."""
         values = self.values("cpu").sort().values
         midpoints = (values[:-1] + values[1:]) / 2
         cell = _cell(midpoints)
@@ -103,7 +108,7 @@ class Format:
     def bound(self) -> float:
         """Largest |w - dequantized| / absmax in exact arithmetic: half of the widest gap in [-1, 1]."""
         values = sorted(self.values("cpu").double().tolist())
-        return max([(b - a) / 2 for a, b in zip(values, values[1:], strict=False)] + [values[0] + 1])
+        return max([(b - a) / 2 for a, b in pairwise(values)] + [values[0] + 1])
 
     def bytes(self, shape, block_size: int = 64, double_quant: bool = True) -> int:
         """The storage law: what a weight of this shape takes."""

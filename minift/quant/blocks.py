@@ -1,8 +1,8 @@
 """Dequantization at the speed of a table look-up: a byte of codes finds its fp32 values, times absmax.
 
-Works in chunks whose scratch stays in the L2 cache: int64 indices of the bytes (gather wants them), the values
-found, and the rows of the result. Limit: n/2 bytes read and n elements written once; what is measured beside
-that is in benchmarks/results/quantization.md.
+Works in chunks whose scratch stays in the L2 cache: int64 indices of the bytes (gather wants them), the
+values found, and the rows of the result. Limit: n/2 bytes read and n elements written once; what is measured
+beside that is in benchmarks/results/quantization.md.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""bitsandbytes 4-bit checkpoints, read and written bit for bit, as version 0.50 and transformers lay them out.
+"""bitsandbytes 4-bit checkpoints, read and written bit for bit, as version 0.50 and transformers lay them
+out.
 
     <layer>.weight                 uint8 (ceil(n/2), 1), two codes a byte, the first in the high nibble
     <layer>.weight.absmax          fp32 (blocks,), or uint8 codes of it under double quantization
@@ -115,8 +116,8 @@ def _facts(stored: torch.Tensor, name: str, kind: str) -> dict:
         raise ValueError(f"{name}: dtype {facts['dtype']!r} in quant_state; known: {', '.join(DTYPES)}")
     if nested and (facts["nested_blocksize"], facts["nested_dtype"]) != (NESTED_BLOCK_SIZE, "float32"):
         raise ValueError(
-            f"{name}: nested_blocksize {facts['nested_blocksize']!r} of {facts['nested_dtype']!r}; supported: "
-            f"{NESTED_BLOCK_SIZE} of 'float32'"
+            f"{name}: nested_blocksize {facts['nested_blocksize']!r} of {facts['nested_dtype']!r}; "
+            f"supported: {NESTED_BLOCK_SIZE} of 'float32'"
         )
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < 3.4e38:
         raise ValueError(f"{name}: nested_offset {offset!r} in quant_state is not a finite number")
@@ -157,11 +158,11 @@ def check_config(config: dict) -> None:
     found = config.get("quantization_config")
     if found is None:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    storage = found.get("bnb_4bit_quant_storage", "uint8") if isinstance(found, dict) else None
-    if method != "bitsandbytes" or not found.get("load_in_4bit") or storage != "uint8":
+    table = found if isinstance(found, dict) else {"quant_method": found}
+    method, four_bit = table.get("quant_method"), table.get("load_in_4bit")
+    storage = table.get("bnb_4bit_quant_storage", "uint8")
+    if method != "bitsandbytes" or not four_bit or storage != "uint8":
         raise ValueError(
-            f"config.json: quantization_config of {method!r} (load_in_4bit "
-            f"{isinstance(found, dict) and found.get('load_in_4bit')}, storage {storage!r}) is not supported; "
-            "supported: bitsandbytes 4-bit with uint8 storage"
+            f"config.json: quantization_config of {method!r} (load_in_4bit {four_bit}, storage {storage!r}) "
+            "is not supported; supported: bitsandbytes 4-bit with uint8 storage"
         )

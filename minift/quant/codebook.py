@@ -4,8 +4,8 @@ NF4: 7 negative and 8 positive quantiles of the normal distribution, evenly spac
 each side scaled so that its extreme is 1 in size. Even for normal weights, and not symmetric.
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.
 
-FP4: sign, two bits of exponent, one of mantissa, largest value 1. The code is the bit pattern, so the table is
-not sorted, and code 8 (minus zero) is stored as zero.
+FP4: sign, two bits of exponent, one of mantissa, largest value 1. The code is the bit pattern, so the table
+is not sorted, and code 8 (minus zero) is stored as zero.
 
 Dynamic 8-bit: sign, then a unary decimal exponent, the rest of the bits a linear fraction of its decade.
 Source: Dettmers 2016, arXiv:1511.04561, section 3; Dettmers et al. 2022, arXiv:2110.02861, section 1.3.

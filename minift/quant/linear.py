@@ -1,9 +1,9 @@
 """QuantizedLinear: y = x W^T + bias with W quantized, one class for every format.
 
 Forward and backward dequantize a slab of W (SLAB elements) into one buffer and multiply by it: rows of W for
-y = x W^T, columns for dx = dy W, so that no product is split along its sum and the numbers are those of a dense
-layer with the dequantized weight. Columns are whole blocks only where in_features % block_size == 0; otherwise
-the backward dequantizes W once. A second dense copy of W never exists.
+y = x W^T, columns for dx = dy W, so that no product is split along its sum and the numbers are those of a
+dense layer with the dequantized weight. Columns are whole blocks only where in_features % block_size == 0;
+otherwise the backward dequantizes W once. A second dense copy of W never exists.
 """
 
 import copy
@@ -149,8 +149,8 @@ class QuantizedLinear(nn.Module):
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:
             raise ValueError(
-                f"a {self.layout.format.name} weight has no gradient: its codes are integers; train an adapter "
-                "on it, or load the model without quantization"
+                f"a {self.layout.format.name} weight has no gradient: its codes are integers; train an "
+                "adapter on it, or load the model without quantization"
             )
         return super().requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """quantize_model: which linear layers become quantized, and what that costs each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -34,6 +34,10 @@ class Quantization:
             object.__setattr__(self, rules, (value,) if isinstance(value, str) else tuple(value))
         if self.format:
             Layout(find_format(self.format), (1, 1), self.block_size, self.double_quant)
+        elif any(getattr(self, f.name) != f.default for f in fields(self) if f.name != "format"):
+            raise ValueError(
+                "no format is given, so how to quantize has no meaning; give a format such as nf4"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def layers_to_quantize(model: LanguageModel, recipe: Quantization) -> list[str]:
         layer = layers[path]
         if isinstance(layer, QuantizedLinear):
             raise ValueError(
-                f"{path} is quantized already ({layer.layout.format.name}); name it in skip, or load the model again"
+                f"{path} is quantized already ({layer.layout.format.name}); name it in skip, or load the "
+                "model again"
             )
         if not isinstance(layer, nn.Linear):
             raise ValueError(

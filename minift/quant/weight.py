@@ -25,7 +25,8 @@ def find_format(name: str) -> Format:
 class QuantizedWeight:
     """A quantized weight: `packed`, the scales, `dequantize(dtype)`, `nbytes`.
 
-    `tensors` maps the names of `Layout.sizes` to 1-D uint8 tensors; `dtype` is that of the weight it came from.
+    `tensors` maps the names of `Layout.sizes` to 1-D uint8 tensors; `dtype` is that of the weight it came
+    from.
     """
 
     def __init__(self, layout: Layout, tensors: dict[str, torch.Tensor], dtype: torch.dtype):

@@ -218,9 +218,16 @@ def _describe(model, data, valid, config) -> dict:
         "dtype": model.loaded_dtype or str(model.embed.weight.dtype).removeprefix("torch."),
         "device": str(model.device),
         **paths,
+        **_quantize(model),
         "method": {"name": method.name, **asdict(method)},
         "train": asdict(config),
     }
+
+
+def _quantize(model) -> dict:
+    """{"quantize": its recipe}; of several recipes, which a config cannot hold, all of them."""
+    recipes = [asdict(recipe) for recipe in model.quantization]
+    return {"quantize": recipes[0] if len(recipes) == 1 else recipes} if recipes else {}
 
 
 def _resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:

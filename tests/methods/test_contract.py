@@ -9,25 +9,40 @@ from safetensors.torch import load_file
 
 import minift
 from minift.methods import METHODS
-from minift.methods.base import parameter_count, trainable
+from minift.methods.base import trainable
+from minift.models.interface import parameter_count
 from minift.models.llama import Llama
 from minift.training.folder import save_trained
 
-DTYPES = [torch.float32, torch.bfloat16]
+BASES = ["float32", "bfloat16", "nf4"]
 IDS = torch.arange(24).view(2, 12) % 97
 
-# (method, dtype) -> why it does not run there
-REFUSALS = {}
+# (method, base) -> why it does not run there
+REFUSALS = {("full", "nf4"): "is quantized; full fine-tuning needs dense weights"}
+CASES = [(name, base) for name in METHODS for base in BASES]
 
 
-@pytest.fixture(
-    params=[(name, dtype) for name in METHODS for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+def base_model(base):
+    if base != "nf4":
+        return tiny_llama(getattr(torch, base))
+    model = tiny_llama()
+    minift.quantize_model(model, "nf4")
+    return model
+
+
+@pytest.fixture(params=[c for c in CASES if c not in REFUSALS], ids=lambda p: f"{p[0]}-{p[1]}")
 def case(request):
-    name, dtype = request.param
-    if (name, dtype) in REFUSALS:
-        pytest.skip(REFUSALS[name, dtype])
-    return METHODS[name](), tiny_llama(dtype)
+    name, base = request.param
+    return METHODS[name](), base_model(base)
+
+
+@pytest.mark.parametrize("name, base", REFUSALS)
+def test_what_does_not_run_says_why_and_touches_nothing(name, base):
+    model = base_model(base)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=REFUSALS[name, base]):
+        minift.apply(model, METHODS[name]())
+    assert not model.adapters and before == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
 def nudge(model):
@@ -42,6 +57,8 @@ def test_starts_as_the_base_model(case):
     base = copy.deepcopy(model)
     minift.apply(model, method)
     base.to(model.embed.weight.dtype)  # full fine-tuning of a bf16 model computes its weights in fp32
+    if method.identity_at_init == "none" and not base.quantization:
+        minift.quantize_model(base, method.format, method.block_size, method.double_quant)
     assert torch.equal(model(IDS), base(IDS))
 
 
@@ -63,6 +80,8 @@ def test_the_plan_is_the_same_on_the_meta_device(case):
     method, model = case
     with torch.device("meta"):
         shapes = Llama(model.config)
+    if model.quantization:
+        minift.quantize_model(shapes, "nf4")
     assert method.plan(shapes) == method.plan(model)
     minift.apply(shapes, method)
     assert all(p.is_meta for p in shapes.parameters())

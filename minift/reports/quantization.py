@@ -1,0 +1,106 @@
+"""What quantization does to a model: error and bits of each layer, perplexity before and after, a picture."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+import torch.nn.functional as F
+
+from minift.data.tokenizer import Tokenizer
+from minift.load import load_model, load_tokenizer, save_model
+from minift.metrics.language_model import perplexity
+from minift.models.interface import LanguageModel
+from minift.models.weights import write_text
+from minift.quant import FORMATS, Quantization, quantize_model
+from minift.quant.model import QuantizationTable
+from minift.reports.plots import plot_quantization
+
+WINDOW = 512  # tokens that a prediction can look back on
+TOKENS = 8192  # of the text that are read
+
+
+def quantize(
+    source: str,
+    recipe: Quantization,
+    dtype: str = "bfloat16",
+    output: str = "",
+    report: str = "",
+    text: str = "",
+) -> QuantizationTable:
+    """`minift quantize`: print the table; write the 4-bit checkpoint to `output`, the report to `report`."""
+    if not recipe.format:
+        raise ValueError(f"no format is given; known formats: {', '.join(FORMATS)}")
+    if not report:
+        model = load_model(source, dtype, quantize=recipe)
+        print(model.quantization_table)
+    else:
+        tokenizer, sample = load_tokenizer(source), read_text(text)
+        model = load_model(source, dtype)
+        before = text_nats(model, tokenizer, sample)
+        quantize_model(model, **asdict(recipe))
+        after = text_nats(model, tokenizer, sample)
+        _write(Path(report), model.quantization_table, recipe, before, after, text)
+    if output:
+        save_model(model, output)
+        print(f"{output} holds the model as a bitsandbytes 4-bit checkpoint")
+    return model.quantization_table
+
+
+def _write(folder: Path, table: QuantizationTable, recipe, before, after, text) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    nats, tokens = before
+    line = (
+        f"perplexity on {tokens:,} tokens of {text or 'the Python language reference'}: "
+        f"{perplexity(nats, tokens):.3f} -> {perplexity(*after):.3f}"
+    )
+    print(f"{table}\n{line}")
+    result = {
+        "quantization": asdict(recipe),
+        "tokens": tokens,
+        "nats_per_token": {"before": nats / tokens, "after": after[0] / tokens},
+        "perplexity": {"before": perplexity(nats, tokens), "after": perplexity(*after)},
+        "layers": [{**asdict(row), "bits": row.bits} for row in table],
+    }
+    write_text(folder / "quantization.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / "quantization.txt", f"{table}\n{line}\n")
+    drawn = plot_quantization([asdict(row) for row in table], folder / "quantization.png")
+    picture = "quantization.png and " if drawn else ""
+    print(f"{picture}quantization.json, quantization.txt: {folder.resolve()}")
+
+
+def read_text(path: str = "") -> str:
+    """A text file, or the Python language reference that comes with Python."""
+    if not path:
+        return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    if not Path(path).is_file():
+        raise ValueError(f"text {path}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path} is not UTF-8: {error}") from None
+    if not text.strip():
+        raise ValueError(f"text {path} is empty")
+    return text
+
+
+def text_nats(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, tokens: int = TOKENS
+) -> tuple[float, int]:
+    """(sum of nats, predicted tokens) over windows of the text's first tokens; each window's first is
+    free."""
+    ids = tokenizer.encode(text[: 16 * tokens])[:tokens]
+    window = min(WINDOW, model.config.max_position_embeddings)
+    if len(ids) < 2:
+        raise ValueError(f"the text is {len(ids)} token long; perplexity needs two")
+    nats, count = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(ids) - 1, window):
+            part = torch.tensor([ids[start : start + window]], device=model.device)
+            if part.shape[1] < 2:
+                break
+            logits = model(part)[0, :-1].float()
+            nats += F.cross_entropy(logits, part[0, 1:], reduction="sum").item()
+            count += part.shape[1] - 1
+    return nats, count
