@@ -108,10 +108,8 @@ def quantize_weight(
         raise ValueError(f"{name} is empty, shape {tuple(w.shape)}; there is nothing to quantize")
     if w.dtype == torch.float64:
         raise ValueError(f"{name} is torch.float64; blocks are computed in fp32, so convert it first")
+    check_finite(w, name)
     packed, absmax = layout.format.quantize(w.detach().reshape(-1), block_size)
-    if not torch.isfinite(absmax).all():
-        bad = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(f"{name} is not finite at {bad}; a weight that is not a number cannot be quantized")
     tensors = {"packed": packed}
     if double_quant:
         codes, nested_absmax, offset = quantize_absmax(absmax)
@@ -119,6 +117,15 @@ def quantize_weight(
     else:
         tensors["absmax"] = as_bytes(absmax)
     return QuantizedWeight(layout, tensors, w.dtype)
+
+
+def check_finite(w: torch.Tensor, name: str) -> None:
+    """One number that is not finite would destroy its block and, under double quantization, the tensor."""
+    if not torch.isfinite(w.detach().sum(dtype=torch.float64)):  # a sum of fp32 numbers stays finite in fp64
+        bad = (~torch.isfinite(w)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} is not finite at {bad}: it is {w[tuple(bad)].item()}; such a weight is refused"
+        )
 
 
 def as_bytes(numbers: torch.Tensor) -> torch.Tensor:
