@@ -15,6 +15,7 @@ from minift.data.stdlib_docstrings import pairs, split
 from minift.data.tokenizer import Tokenizer
 from minift.fetch import fetch
 from minift.load import load_model, load_tokenizer
+from minift.memory import peak_memory_mib
 from minift.methods import apply
 from minift.methods.lora import LoRA
 from minift.methods.qlora import QLoRA
@@ -24,7 +25,6 @@ from minift.models.generate import generate
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
 from minift.training.evaluation import evaluate_loss
-from minift.training.log import peak_memory_mib
 from minift.training.loop import train
 from minift.training.settings import TrainConfig
 

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from minift.data import tokenizer as tokenizers
 from minift.fetch import ALIASES, cached
+from minift.memory import release_free_memory
 from minift.models import MODELS, weights
 from minift.models.gguf_file import read_gguf
 from minift.models.interface import LanguageModel, base_layers, is_quantized, replace_layer
@@ -92,6 +93,8 @@ def _quantizing(chosen: set[str], recipe: Quantization, rows: list):
             layer, row = quantize_layer(model.get_submodule(path), recipe, path)
             replace_layer(model, path, layer)
             rows.append(row)
+            del tensor
+            release_free_memory()
 
     return place
 
@@ -104,6 +107,8 @@ def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, dev
         state = {}
         for key in [key for key in tensors if key == name or key.startswith(name + ".")]:
             stored = tensors.pop(key)
+            if not stored.shape:
+                raise ValueError(f"{key} has no dimensions; a 4-bit layer is stored as vectors")
             state[key] = stored.rows(0, stored.shape[0]).to(device)
         weight = bnb.from_state(state, path)
         layer = layers.get(path)

@@ -16,8 +16,9 @@ def mutate(module, old: str, new: str) -> types.ModuleType:
 
 def survives(check, module, old: str, new: str) -> bool:
     """Whether a check that passes on the module also passes on the mutant."""
+    mutant = mutate(module, old, new)
     try:
-        check(mutate(module, old, new))
+        check(mutant)
     except AssertionError:
         return False
     except (RuntimeError, IndexError, TypeError, ValueError):

@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "quant": {"models", "kernels"},
     "methods": {"models", "quant", "kernels"},
-    "training": {"methods", "models", "data", "optim", "metrics", "reports"},
+    "training": {"methods", "models", "data", "optim", "metrics", "reports", "memory"},
     "fetch": set(),
-    "load": {"models", "quant", "data", "fetch"},
+    "memory": set(),
+    "load": {"models", "quant", "data", "fetch", "memory"},
     "config": {"methods", "quant", "training"},
 }
 THIRD_PARTY = {
@@ -47,6 +48,7 @@ THIRD_PARTY = {
     "fetch": set(),
     "config": set(),
     "load": {"torch"},
+    "memory": {"torch"},
     "demo": set(),
     "cli": set(),
 }

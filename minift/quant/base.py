@@ -145,7 +145,7 @@ class Layout:
     double_quant: bool
 
     def __post_init__(self):
-        if self.block_size not in BLOCK_SIZES or isinstance(self.block_size, bool):
+        if self.block_size not in BLOCK_SIZES or type(self.block_size) is not int:
             raise ValueError(
                 f"block_size is {self.block_size!r}; supported: {', '.join(map(str, BLOCK_SIZES))}"
             )

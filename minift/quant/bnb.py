@@ -43,13 +43,13 @@ def to_state(weight: QuantizedWeight, path: str) -> dict[str, torch.Tensor]:
     state = {
         name: weight.packed.view(-1, 1),
         f"{name}.absmax": weight.absmax,
-        f"{name}.quant_map": layout.format.values(device),
+        f"{name}.quant_map": layout.format.values(device).clone(),
     }
     if layout.double_quant:
         facts |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
         facts["nested_offset"] = weight.offset.item()
         state[f"{name}.nested_absmax"] = weight.nested_absmax
-        state[f"{name}.nested_quant_map"] = INT8_DYNAMIC.values(device)
+        state[f"{name}.nested_quant_map"] = INT8_DYNAMIC.values(device).clone()
     packed_facts = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
     return {**state, f"{name}{STATE}{layout.format.name}": packed_facts}
 
@@ -72,7 +72,10 @@ def from_state(state: dict[str, torch.Tensor], path: str) -> QuantizedWeight:
     wanted = {name + part for part in parts} | {keys[0]}
     if state.keys() != wanted:
         raise ValueError(f"{name}: missing or unexpected {sorted(state.keys() ^ wanted)}")
-    layout = Layout(FORMATS[kind], tuple(facts["shape"]), facts["blocksize"], nested)
+    try:
+        layout = Layout(FORMATS[kind], tuple(facts["shape"]), facts["blocksize"], nested)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     _check_map(state[f"{name}.quant_map"], layout.format, name, "quant_map")
     if nested:
         _check_map(state[f"{name}.nested_quant_map"], INT8_DYNAMIC, name, "nested_quant_map")

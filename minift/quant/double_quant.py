@@ -20,6 +20,8 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     if not torch.isfinite(offset):
         raise ValueError("the mean of absmax overflows fp32; use double_quant=False for weights this large")
     codes, nested_absmax = INT8_DYNAMIC.quantize(absmax - offset, NESTED_BLOCK_SIZE)
+    equal = (nested_absmax == 0).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    codes[equal] = 0  # what bitsandbytes stores for a group of equal scales; any code is right there
     return codes, nested_absmax, offset.view(1)
 
 

@@ -32,7 +32,7 @@ class DynamicInt8(Format):
         scaled = self.scale(blocks, absmax, short=False).clamp(-1, 1)
         step = ((scaled + 1) * 0.5 * STEPS + 0.5).int()
         codes = self.nearest_of_steps(blocks.device).index_select(0, step.view(-1)).view(blocks.shape)
-        return codes.masked_fill_((absmax == 0)[:, None], 0)
+        return codes.masked_fill_((absmax == 0)[:, None], self.codebook.index(0.0))
 
     @cache  # noqa: B019
     def nearest_of_steps(self, device) -> torch.Tensor:

@@ -1,31 +1,13 @@
 """What a run writes while it goes: log.jsonl, and a progress bar on a terminal or plain lines elsewhere."""
 
-import ctypes
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-
-def peak_memory_mib(device) -> float:
-    """Most memory so far, MiB: allocated on a CUDA device, resident in the whole process elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # Linux counts KiB, macOS bytes
-
-
-def release_free_memory() -> None:
-    """Give the C heap's free pages back to the system, where glibc is the C library.
-
-    Batches of ever new lengths leave gaps that the heap keeps: 640 of 1840 MiB after 14 steps of the demo.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+from minift.memory import peak_memory_mib
 
 
 class Log:

@@ -18,6 +18,7 @@ from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.methods.base import trainable
 from minift.methods.files import fingerprint
+from minift.memory import peak_memory_mib, release_free_memory
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
@@ -26,7 +27,7 @@ from minift.reports.plots import plot_loss
 from minift.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from minift.training.evaluation import encode, mean_nats
 from minift.training.folder import interruptible, keep_until, open_output, save_trained
-from minift.training.log import Log, peak_memory_mib, read_log, release_free_memory
+from minift.training.log import Log, read_log
 from minift.training.objective import Objective
 from minift.training.settings import TrainConfig
 

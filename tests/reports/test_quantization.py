@@ -1,0 +1,112 @@
+"""minift quantize and minift merge on a tiny model: what they print and write, and their errors."""
+
+import json
+
+import pytest
+import torch
+from conftest import CharTokenizer, tiny_llama
+
+import minift
+from minift.cli import main
+from minift.methods.base import trainable
+from minift.reports import merging, quantization
+from minift.reports.quantization import read_text, text_nats
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for module in (merging, quantization):
+        monkeypatch.setattr(module, "load_tokenizer", lambda source: CharTokenizer())
+        monkeypatch.setattr(module, "read_text", lambda text: "the cat sat on the mat. " * 20)
+    minift.save_model(tiny_llama(), tmp_path / "base")
+    return tmp_path
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_quantize_prints_the_table_and_writes_a_checkpoint(folder, capsys):
+    assert run("quantize", folder / "base", "--output", folder / "four", "--block-size", 32) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in text and "bits per weight: 4.3" in text
+    again = minift.load_model(folder / "four")
+    assert again.model.layers[0].mlp.up_proj.layout.block_size == 32
+
+
+def test_the_report_has_every_layer_and_both_perplexities(folder, capsys):
+    assert run("quantize", folder / "base", "--format", "int8", "--report", folder / "report") == 0
+    result = json.loads((folder / "report" / "quantization.json").read_text())
+    assert len(result["layers"]) == 14 and all(row["of_bound"] <= 1 for row in result["layers"])
+    before, after = result["perplexity"]["before"], result["perplexity"]["after"]
+    assert 0.9 < after / before < 1.1 and before != after
+    assert f"{before:.3f} -> {after:.3f}" in capsys.readouterr().out
+    assert (folder / "report" / "quantization.txt").exists()
+
+
+def test_the_nats_of_a_text_are_those_of_its_windows():
+    model, tokenizer = tiny_llama(), CharTokenizer()
+    text = "some text " * 20
+    ids = torch.tensor(tokenizer.encode(text))[:130]
+    expected = 0.0
+    for start in (0, 64, 128):  # the context of the tiny model is 64 tokens
+        part = ids[start : start + 64]
+        logp = model(part[None])[0].log_softmax(-1)
+        expected -= sum(logp[i, part[i + 1]].item() for i in range(len(part) - 1))
+    nats, tokens = text_nats(model, tokenizer, text, tokens=130)
+    assert tokens == 127 and nats == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="perplexity needs two"):
+        text_nats(model, tokenizer, "a")
+
+
+@pytest.mark.parametrize("mode", ["dequantized", "requantized", "original"])
+def test_merge_prints_its_errors_and_saves(folder, capsys, mode):
+    model = minift.load_model(folder / "base", "bfloat16", quantize="nf4")
+    minift.apply(model, minift.QLoRA(r=2))
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.add_(0.02)
+    minift.save_adapter(model, folder / "adapter")
+    words = ["merge", folder / "base", "--adapter", folder / "adapter", "--output", folder / "merged"]
+    assert run(*words, "--quantize", "nf4", "--mode", mode) == 0
+    text = capsys.readouterr().out
+    assert text.count("model.layers.") == 14 and f"{mode}: logits of 256 tokens differ by at most" in text
+    merged = minift.load_model(folder / "merged", "bfloat16")
+    assert hasattr(merged.model.layers[0].mlp.up_proj, "layout") == (mode == "requantized")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["quantize", "base", "--format", "nf5"], "format 'nf5' is not known; known formats: nf4"),
+        (["quantize", "base", "--format", ""], "no format is given"),
+        (["quantize", "base", "--block-size", "65"], "block_size is 65; supported: 32"),
+        (["quantize", "base", "--only", "query"], "match no linear layer; nearest"),
+        (["quantize", "base", "--text", "a.txt"], "give --report as well"),
+        (
+            ["quantize", "base", "--format", "int8", "--output", "four"],
+            "int8, which bitsandbytes checkpoints",
+        ),
+        (["merge", "base", "--output", "m"], "required: --adapter"),
+        (["merge", "base", "--adapter", "a", "--output", "m", "--block-size", "32"], "no format is given"),
+        (["merge", "base", "--adapter", "a", "--output", "m"], "adapter_config.json is missing"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, capsys, monkeypatch, words, sentence):
+    monkeypatch.chdir(folder)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert not (folder / "four").exists() and not (folder / "m").exists()
+
+
+def test_texts_are_files_of_utf8_or_pythons_reference(tmp_path):
+    assert len(read_text()) > 100_000
+    with pytest.raises(ValueError, match="no such file"):
+        read_text("nowhere.txt")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_text(str(tmp_path / "bytes"))
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_text(str(tmp_path / "empty"))
