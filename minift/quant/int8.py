@@ -4,8 +4,8 @@ int8: code = round(127 w / absmax), ties to even, -127 to 127 as two's complemen
 
 int8_dynamic: the signed dynamic map (codebook.py), whose values stand close together around zero. w / absmax
 is first rounded to one of 65,536 even steps over [-1, 1], and the step has its nearest code, as bitsandbytes
-0.50 does on CPUs: codes for values below 2^-16 are therefore never chosen. A block of zeros stores code 0, as
-there.
+0.50 does on CPUs: the codes nearest to zero are therefore never chosen, except in blocks of zeros, which hold
+the code of zero (bitsandbytes: code 0, which double quantization turns into numbers other than zero).
 """
 
 from functools import cache

@@ -16,9 +16,9 @@ import torch
 
 from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
+from minift.memory import peak_memory_mib, release_free_memory
 from minift.methods.base import trainable
 from minift.methods.files import fingerprint
-from minift.memory import peak_memory_mib, release_free_memory
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text

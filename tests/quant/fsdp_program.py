@@ -1,4 +1,4 @@
-"""Run by test_fsdp.py in 2 processes: a step of QLoRA sharded by FSDP2 beside the same step in one process."""
+"""Run by test_fsdp.py: a step of QLoRA sharded by FSDP2 over two processes beside the same step in one."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ TINY = 2.0**-126  # the smallest normal fp32
 
 NAMES = ("nf4", "fp4", "int8", "int8_dynamic")
 BITS = {"nf4": 4, "fp4": 4, "int8": 8, "int8_dynamic": 8}
-ZERO_CODE = {"nf4": 7, "fp4": 0, "int8": 0, "int8_dynamic": 0}  # of blocks of zeros
+ZERO_CODE = {"nf4": 7, "fp4": 0, "int8": 0, "int8_dynamic": 127}  # of blocks of zeros
 VALUES = {name: np.array(TABLES[name], dtype=F32) for name in ("nf4", "fp4", "int8_dynamic")}
 VALUES["int8"] = np.array([np.int8(np.uint8(code)) / 127 for code in range(256)], dtype=F32)
 # Half of the widest gap between neighbours; for the dynamic map the distance of its lowest value from -1, and
@@ -56,6 +56,12 @@ def quantize(name, w, block_size):
         codes.append(encode_block(name, block, absmax, len(block) < block_size))
         scales.append(absmax)
     return np.concatenate(codes).astype(np.uint8), np.array(scales, dtype=F32)
+
+
+def quantize_absmax(differences):
+    """absmax - mean -> codes, nested absmax; a group of equal scales has codes 0, as in bitsandbytes."""
+    codes, nested = quantize("int8_dynamic", differences, 256)
+    return np.where(nested.repeat(256)[: len(codes)] == 0, 0, codes).astype(np.uint8), nested
 
 
 def pack(name, codes):

@@ -12,8 +12,8 @@ from torch import nn
 from minift.quant import FORMATS, linear, quantize_weight
 from minift.quant.linear import QuantizedLinear, QuantizedMatmul
 
-# 2 gamma_K |x| |W|^T + u |y|: a product of length K summed in fp32 (in fp64 for fp64) in any order, and u, the
-# rounding of the result.
+# 2 gamma_K |x| |W|^T + u |y|: a product of length K summed in fp32 (in fp64 for fp64) in any order, and the
+# rounding u of the result.
 UNIT = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
