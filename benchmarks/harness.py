@@ -58,7 +58,7 @@ def machine() -> dict:
         flags = next((line for line in lines if line.startswith("flags")), "")
         cpu += "".join(f", {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
     versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "transformers", "peft"):
+    for package in ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -93,7 +93,6 @@ def _quantizing(chosen: set[str], recipe: Quantization, rows: list):
             layer, row = quantize_layer(model.get_submodule(path), recipe, path)
             replace_layer(model, path, layer)
             rows.append(row)
-            del tensor
             release_free_memory()
 
     return place

@@ -18,8 +18,8 @@ def peak_memory_mib(device) -> float:
 def release_free_memory() -> None:
     """Give the C heap's free pages back to the system, where glibc is the C library.
 
-    Tensors of ever new sizes leave gaps that the heap keeps: 640 of 1840 MiB after 14 steps of the demo, and 90
-    of 195 MiB once while SmolLM2 was quantized layer by layer.
+    Tensors of ever new sizes leave gaps that the heap keeps: 640 of 1840 MiB after 14 steps of the demo, and
+    90 of 195 MiB once while SmolLM2 was quantized layer by layer.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

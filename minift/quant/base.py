@@ -3,12 +3,10 @@
 A weight of n elements, flattened, is cut into blocks of `block_size` (the last may be short, and a block may
 straddle rows). Each block keeps absmax = max |w|, and each element the code of a number in [-1, 1]:
 
-    code = encode(w / absmax),   dequantized = codebook[code] * absmax, in fp32, then rounded once to the
-    dtype
+    code = encode(w / absmax),   dequantized = codebook[code] * absmax, in fp32, rounded once to the dtype
 
 A block whose absmax is below 2^-126, the smallest normal fp32, is a block of zeros: absmax 0, codes of zero.
-4-bit codes are packed two to a byte, the first in the high nibble; an odd one is followed by the code of
-zero.
+4-bit codes are packed two to a byte, the first in the high nibble; an odd one has the code of zero after it.
 """
 
 from dataclasses import dataclass
@@ -27,12 +25,19 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Format:
-    """A table of numbers. A new 4-bit format is a name and 16 of them; the 8-bit ones have their own
-    `encode`."""
+    """A table of numbers. A new 4-bit format is a name and 16 of them; 8-bit ones have their own `encode`."""
 
     name: str
     bits: int  # 4 or 8
     codebook: tuple[float, ...]  # code -> value in [-1, 1], rounded to fp32
+
+    def __post_init__(self):
+        count = 2**self.bits if self.bits in (4, 8) else 0
+        if len(self.codebook) != count or 0 not in self.codebook:
+            raise ValueError(
+                f"format {self.name}: {self.bits} bits with {len(self.codebook)} numbers; a format has 16 "
+                "numbers for 4 bits or 256 for 8, and zero is one of them"
+            )
 
     def encode(self, blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
         """Codes (uint8) of fp32 blocks (b, size): the nearest value; on a midpoint, the lower one.
@@ -41,31 +46,34 @@ class Format:
         look-up and one comparison count the midpoints below a number exactly.
         """
         scaled = self.scale(blocks, absmax, short).view(-1)
-        below, midpoint = self.cells(scaled.device)
+        below, midpoint, order = self.cells(scaled.device)
         cell = _cell(scaled)
         index = below.index_select(0, cell)
         index += (scaled > midpoint.index_select(0, cell)).view(torch.uint8)
-        order = torch.argsort(self.values("cpu"), stable=True).to(torch.uint8)
-        if torch.equal(order, torch.arange(len(order))):
-            return index.view(blocks.shape)
-        return order.to(index.device).index_select(0, index.int()).view(blocks.shape)
+        if order is not None:
+            index = order.index_select(0, index.int())
+        return index.view(blocks.shape)
 
     @cache  # noqa: B019 (formats live as long as the process)
-    def cells(self, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cell -> how many midpoints lie in lower cells (uint8), and the midpoint in it, or infinity
-        (fp32)."""
-        values = self.values("cpu").sort().values
+    def cells(self, device):
+        """Cell -> midpoints in lower cells (uint8); -> the midpoint in it, or infinity (fp32).
+
+        And, for a table that is not sorted, how many values are smaller -> code (uint8).
+        """
+        values, order = self.values("cpu").sort(stable=True)
         midpoints = (values[:-1] + values[1:]) / 2
         cell = _cell(midpoints)
         if (cell.diff() < 1).any():
             raise ValueError(
                 f"format {self.name}: values closer than {4 / CELLS:g} need an encode of their own"
             )
-        midpoint = torch.full((CELLS + 1,), float("inf"))
+        midpoint = torch.full((CELLS + 1,), float("inf"), dtype=torch.float32, device="cpu")
         midpoint[cell.long()] = midpoints
-        below = torch.zeros(CELLS + 2, dtype=torch.uint8)
+        below = torch.zeros(CELLS + 2, dtype=torch.uint8, device="cpu")
         below[cell.long() + 1] = 1
-        return below.cumsum(0)[:-1].to(torch.uint8).to(device), midpoint.to(device)
+        below = below.cumsum(0)[:-1].to(device, torch.uint8)
+        is_sorted = bool((order.diff() > 0).all())
+        return below, midpoint.to(device), None if is_sorted else order.to(device, torch.uint8)
 
     @staticmethod
     def scale(blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:

@@ -85,7 +85,7 @@ def from_state(state: dict[str, torch.Tensor], path: str) -> QuantizedWeight:
             raise ValueError(f"{key} is {state[key].dtype} or not finite; expected finite torch.float32")
     tensors = {"packed": state[name].reshape(-1)}
     if nested:
-        offset = torch.tensor([facts["nested_offset"]], dtype=torch.float32)
+        offset = torch.tensor([facts["nested_offset"]], dtype=torch.float32, device=state[name].device)
         tensors |= {
             "absmax": state[f"{name}.absmax"],
             "nested_absmax": as_bytes(state[f"{name}.nested_absmax"]),

@@ -46,7 +46,7 @@ def dynamic_map() -> tuple[float, ...]:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         decade = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*decade.tolist(), *(-decade).tolist()]
     return tuple(sorted(values))

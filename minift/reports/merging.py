@@ -25,18 +25,17 @@ def merge(
     model = load_model(source, dtype, quantize=quantize)
     load_adapter(model, adapter)
     original = load_model(source, dtype) if mode == "original" else None
-    ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * PROBE])[:PROBE]])
+    tokens = min(PROBE, model.config.max_position_embeddings)
+    ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * tokens])[:tokens]])
     with torch.inference_mode():
         before = model(ids)[0].float()  # (T, V)
     errors = fold(model, mode=mode, original=original)
     with torch.inference_mode():
         after = model(ids)[0].float()
     width = max(map(len, errors))
-    print(
-        "\n".join(
-            [f"{'layer':<{width}}  largest error", *(f"{p:<{width}}  {e:.3e}" for p, e in errors.items())]
-        )
-    )
+    print(f"{'layer':<{width}}  largest error")
+    for path, error in errors.items():
+        print(f"{path:<{width}}  {error:.3e}")
     print(f"{mode}: {logit_error(before, after)}")
     save_model(model, output)
     print(f"the merged model is in {output}")
