@@ -65,6 +65,7 @@ def products(rows, weight, ours, layer, M, repeats):
     W = ours.dequantize().double()
     if M <= 16:
         layer.eval()
+        x = x.detach()
         with torch.inference_mode():
             compare(rows, "forward, eval()", weight, M, partial(ours, x), partial(layer, x), repeats)
         return

@@ -23,6 +23,10 @@ CELLS = 4096
 TINY = torch.finfo(torch.float32).tiny
 
 
+class NotFinite(ValueError):
+    """A number that would destroy its block and, under double quantization, the whole tensor."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A table of numbers. A new 4-bit format is a name and 16 of them; 8-bit ones have their own `encode`."""
@@ -96,6 +100,8 @@ class Format:
             short = stop - start < block_size
             blocks = flat[start:stop].float().view(-1, stop - start if short else block_size)
             largest = blocks.abs().amax(dim=1)
+            if not torch.isfinite(largest).all():
+                raise NotFinite
             largest.masked_fill_(largest < TINY, 0)
             absmax[start // block_size : -(-stop // block_size)] = largest
             codes = self.encode(blocks, largest, short).view(-1)

@@ -10,7 +10,7 @@ from minift.models.targets import ALL_LINEAR, match
 from minift.quant.base import CHUNK, Layout
 from minift.quant.blocks import decode_flat
 from minift.quant.linear import QuantizedLinear
-from minift.quant.weight import QuantizedWeight, check_finite, find_format, quantize_weight
+from minift.quant.weight import QuantizedWeight, find_format, not_finite, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def layers_to_quantize(model: LanguageModel, recipe: Quantization) -> list[str]:
             raise ValueError(
                 f"{path} shares its weight with the embedding, which stays dense; name it in skip"
             )
-        if not layer.weight.is_meta:
-            check_finite(layer.weight, f"{path}.weight")
+        if not layer.weight.is_meta and not torch.isfinite(torch.stack(layer.weight.aminmax())).all():
+            raise not_finite(layer.weight, f"{path}.weight")
     return paths
 
 

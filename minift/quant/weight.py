@@ -2,7 +2,7 @@
 
 import torch
 
-from minift.quant.base import Format, Layout
+from minift.quant.base import Format, Layout, NotFinite
 from minift.quant.blocks import decode_flat
 from minift.quant.codebook import FP4, NF4
 from minift.quant.double_quant import dequantize_absmax, quantize_absmax
@@ -108,8 +108,10 @@ def quantize_weight(
         raise ValueError(f"{name} is empty, shape {tuple(w.shape)}; there is nothing to quantize")
     if w.dtype == torch.float64:
         raise ValueError(f"{name} is torch.float64; blocks are computed in fp32, so convert it first")
-    check_finite(w, name)
-    packed, absmax = layout.format.quantize(w.detach().reshape(-1), block_size)
+    try:
+        packed, absmax = layout.format.quantize(w.detach().reshape(-1), block_size)
+    except NotFinite:
+        raise not_finite(w, name) from None
     tensors = {"packed": packed}
     if double_quant:
         codes, nested_absmax, offset = quantize_absmax(absmax)
@@ -119,13 +121,10 @@ def quantize_weight(
     return QuantizedWeight(layout, tensors, w.dtype)
 
 
-def check_finite(w: torch.Tensor, name: str) -> None:
-    """One number that is not finite would destroy its block and, under double quantization, the tensor."""
-    if not torch.isfinite(w.detach().sum(dtype=torch.float64)):  # a sum of fp32 numbers stays finite in fp64
-        bad = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} is not finite at {bad}: it is {w[tuple(bad)].item()}; such a weight is refused"
-        )
+def not_finite(w: torch.Tensor, name: str) -> NotFinite:
+    """The error for a weight that holds a number which is not finite."""
+    bad = (~torch.isfinite(w)).nonzero()[0].tolist()
+    return NotFinite(f"{name} is not finite at {bad}: it is {w[tuple(bad)].item()}; such a weight is refused")
 
 
 def as_bytes(numbers: torch.Tensor) -> torch.Tensor:
