@@ -12,6 +12,7 @@ _HOME = {
     "load_model": "minift.load",
     "load_tokenizer": "minift.load",
     "save_model": "minift.load",
+    "save_tokenizer": "minift.load",
     "apply": "minift.methods",
     "merge": "minift.methods",
     "METHODS": "minift.methods",

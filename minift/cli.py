@@ -8,7 +8,7 @@ import minift
 
 USAGE = """minift VERB ...
 
-  demo  [--quick] [--output DIR]         fine-tune SmolLM2 on functions and docstrings, before and after
+  demo  [--quick] [--method qlora]       fine-tune SmolLM2 on functions and docstrings, before and after
   fetch NAME                             get real weights into the cache folder: smollm2, minilm
   train CONFIG.toml [--PATH VALUE ...]   fine-tune; --overwrite or --resume for a folder that holds a run
   plan  CONFIG.toml [--PATH VALUE ...]   what that config would train, without loading weights
@@ -102,12 +102,13 @@ def _run_config(verb, argv):
 
 def train(argv):
     config, arguments = _run_config("train", argv)
-    from minift.load import load_model, load_tokenizer
+    from minift.load import holds_quantized, load_model, load_tokenizer
     from minift.methods import apply
     from minift.training.loop import train as run
 
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, config.device, config.quantization)
+    recipe = config.quantize if holds_quantized(config.model) else config.base_quantization
+    model = load_model(config.model, config.dtype, config.device, recipe)
     if model.quantization:
         print(model.quantization_table.totals())
     print(apply(model, config.method, seed=config.train.seed))
@@ -127,8 +128,12 @@ def train(argv):
 def plan(argv):
     config, _ = _run_config("plan", argv)
     from minift.load import build_model
+    from minift.quant.model import layers_to_quantize
 
-    print(config.method.plan(build_model(config.model)))
+    model = build_model(config.model)
+    if config.quantize:
+        layers_to_quantize(model, config.quantize)
+    print(config.method.plan(model))
 
 
 def quantize(argv):
@@ -138,13 +143,14 @@ def quantize(argv):
     parser.add_argument("--report", nargs="?", const="out/quantize", default="", metavar="DIR")
     parser.add_argument("--text", default="", help="file for the perplexity; default: Python's reference")
     parser.add_argument("--dtype", default="bfloat16")
-    _quantization_flags(parser, "--format", "nf4")
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
     if a.text and not a.report:
         raise ValueError("--text is for the perplexity in a report; give --report as well")
+    from minift.config import build, read_flags
+    from minift.quant import Quantization
     from minift.reports.quantization import quantize as run
 
-    run(a.model, _quantization(a, a.format), a.dtype, a.output, a.report, a.text)
+    run(a.model, build(Quantization, read_flags(rest), ""), a.dtype, a.output, a.report, a.text)
 
 
 def merge(argv):
@@ -155,49 +161,45 @@ def merge(argv):
     parser.add_argument("--mode", default="dequantized", help="dequantized, requantized or original")
     parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
     parser.add_argument("--dtype", default="bfloat16")
-    _quantization_flags(parser, "--quantize", "")
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
     from minift.reports.merging import merge as run
 
-    run(a.model, a.adapter, a.output, _quantization(a, a.quantize), a.mode, a.dtype, a.text)
+    run(a.model, a.adapter, a.output, _quantization(rest), a.mode, a.dtype, a.text)
 
 
-def _quantization_flags(parser, name: str, default: str) -> None:
-    parser.add_argument(name, default=default, help="nf4, fp4, int8 or int8_dynamic")
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--no-double-quant", action="store_true")
-    parser.add_argument("--only", default="all-linear", help="rules, separated by commas")
-    parser.add_argument("--skip", default="")
-
-
-def _quantization(a, format: str):
+def _quantization(words):
+    """--quantize nf4 and --quantize.block_size 128, as in a config; None without them."""
+    from minift.config import build, override, read_flags
     from minift.quant import Quantization
 
-    only, skip = (tuple(r.strip() for r in rules.split(",") if r.strip()) for rules in (a.only, a.skip))
-    return Quantization(format, a.block_size, not a.no_double_quant, only, skip)
+    tree = override({}, read_flags(words))
+    for name in tree:
+        if name != "quantize":
+            raise ValueError(f"unknown setting --{name}; known: --quantize FORMAT and --quantize.FIELD VALUE")
+    return build(Quantization, tree["quantize"], "quantize.") if tree else None
 
 
 def generate(argv):
-    parser = _Parser("minift generate")
+    parser = _Parser("minift generate", allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--adapter")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
-    _quantization_flags(parser, "--quantize", "")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
+    quantization = _quantization(rest)
     from minift.data.collate import encode_prompt
     from minift.load import load_model, load_tokenizer
     from minift.methods.files import load_adapter
     from minift.models.generate import generate as continue_
 
     tokenizer = load_tokenizer(a.model)
-    model = load_model(a.model, a.dtype, quantize=_quantization(a, a.quantize))
+    model = load_model(a.model, a.dtype, quantize=quantization)
     if a.adapter:
         load_adapter(model, a.adapter)
     prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")

@@ -10,6 +10,7 @@ import tomllib
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 
 from minift.methods import METHODS
 from minift.methods.base import Method
@@ -33,15 +34,15 @@ class RunConfig:
     device: str = "cpu"
     valid: str = ""
     """JSONL file of validation rows; empty means none."""
-    quantize: Quantization = field(default_factory=lambda: Quantization(format=""))
-    """Quantize the base while it is loaded; without a format it stays dense, or as method qlora says."""
+    quantize: Quantization | None = None
+    """Quantize the base while it is loaded; without it the base stays dense, or is as method qlora says."""
     method: Method = field(default_factory=LoRA)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
-    def quantization(self) -> Quantization:
+    def base_quantization(self) -> Quantization | None:
         """What to load the base with."""
-        return self.quantize if self.quantize.format else getattr(self.method, "quantization", self.quantize)
+        return self.quantize or getattr(self.method, "quantization", None)
 
 
 def read_config(path: str | Path) -> dict:
@@ -140,6 +141,8 @@ def _names(cls) -> list[str]:
 
 def _value(hint, value, path: str):
     """One value in its field's type; texts from flags are read as that type."""
+    if isinstance(hint, UnionType):  # of a table and None, which leaving it out means
+        hint = typing.get_args(hint)[0]
     if is_dataclass(hint):
         return build(hint, value, path + ".")
     if typing.get_origin(hint) is tuple:

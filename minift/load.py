@@ -1,5 +1,6 @@
 """Models and tokenizers from an alias, a Hugging Face folder or a GGUF file; and back to a folder."""
 
+import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from minift.models.gguf_file import read_gguf
 from minift.models.interface import LanguageModel, base_layers, is_quantized, replace_layer
 from minift.quant import Quantization, bnb
 from minift.quant.linear import QuantizedLinear
-from minift.quant.model import QuantizationTable, layers_to_quantize, quantize_layer
+from minift.quant.model import layers_to_quantize, quantize_layer, record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,34 +69,28 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     recipe = Quantization(quantize) if isinstance(quantize, str) else quantize
+    if not isinstance(recipe, Quantization | None):
+        raise ValueError(f"quantize is {quantize!r}; give a format such as 'nf4', a Quantization, or None")
     with ExitStack() as files:
         model, tensors = _open(source, files)
         _take_quantized(model, tensors, DTYPES[dtype], device)
-        if recipe and recipe.format:
-            chosen, rows = set(layers_to_quantize(model, recipe)), []
-            place = _quantizing(chosen, recipe, rows)
-            weights.fill(model, tensors, DTYPES[dtype], device, place)
-            model.quantization = (recipe,)
-            model.quantization_table = QuantizationTable(rows)
-        else:
-            weights.fill(model, tensors, DTYPES[dtype], device)
+        chosen = set(layers_to_quantize(model, recipe)) if recipe else set()
+        rows = []
+
+        def place(model, name, tensor):
+            weights.set_parameter(model, name, tensor)
+            path = name.removesuffix(".weight")
+            if path in chosen:
+                layer, row = quantize_layer(model.get_submodule(path), recipe, path)
+                replace_layer(model, path, layer)
+                rows.append(row)
+                release_free_memory()
+
+        weights.fill(model, tensors, DTYPES[dtype], device, place)
+    if recipe:
+        record(model, recipe, rows)
     model.loaded_dtype = dtype
     return model.eval()
-
-
-def _quantizing(chosen: set[str], recipe: Quantization, rows: list):
-    """For `weights.fill`: put a weight in place and, in a chosen layer, quantize it there and then."""
-
-    def place(model, name, tensor):
-        weights.set_parameter(model, name, tensor)
-        path = name.removesuffix(".weight")
-        if path in chosen:
-            layer, row = quantize_layer(model.get_submodule(path), recipe, path)
-            replace_layer(model, path, layer)
-            rows.append(row)
-            release_free_memory()
-
-    return place
 
 
 def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, device) -> None:
@@ -108,15 +103,29 @@ def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, dev
             stored = tensors.pop(key)
             if not stored.shape:
                 raise ValueError(f"{key} has no dimensions; a 4-bit layer is stored as vectors")
-            state[key] = stored.rows(0, stored.shape[0]).to(device)
+            state[key] = stored.rows(0, stored.shape[0]).to(device, copy=True)  # not the mapped file
         weight = bnb.from_state(state, path)
-        layer = layers.get(path)
-        expected = (layer.out_features, layer.in_features) if layer is not None else None
-        if weight.shape != expected:
-            raise ValueError(f"{name} is a 4-bit matrix {weight.shape}; the config asks for {expected}")
+        if weight.scales().abs().max() > torch.finfo(dtype).max:
+            raise ValueError(f"{name} holds numbers beyond {dtype}; load the model with another dtype")
+        if path not in layers:
+            raise ValueError(f"{name} is 4-bit, and the model has no linear layer {path}")
+        layer = layers[path]
+        if weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"{name} is a 4-bit matrix {weight.shape}; the config asks for "
+                f"{(layer.out_features, layer.in_features)}"
+            )
         if layer is model.head and model.head.weight is model.embed.weight:
-            raise ValueError(f"{name} is 4-bit, but config.json ties it to the embedding")
+            raise ValueError(
+                f"{name} is 4-bit, but config.json ties it to the embedding; set tie_word_embeddings to false"
+            )
         replace_layer(model, path, QuantizedLinear.from_weight(weight, dtype, layer.bias))
+
+
+def holds_quantized(source: str | Path) -> bool:
+    """Whether a source is a 4-bit checkpoint already."""
+    with ExitStack() as files:
+        return bool(bnb.quantized_paths(_open(source, files)[1]))
 
 
 def build_model(source: str | Path) -> LanguageModel:
@@ -149,6 +158,28 @@ def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:
     """From tokenizer.json and its neighbours in a folder, or from the vocabulary inside a GGUF file."""
     path = locate(source)
     return tokenizers.from_gguf(read_gguf(path)[0]) if _is_gguf(path) else tokenizers.from_folder(path)
+
+
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | Path) -> None:
+    """tokenizer.json, and what `load_tokenizer` needs beside it, into a model's folder."""
+    folder, backend = Path(folder), tokenizer.backend
+    roles = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None), "pad": tokenizer.pad_id}
+    names = {f"{role}_token": backend.id_to_token(i) for role, i in roles.items() if i is not None}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    weights.write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
+    weights.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    ends = {"eos_token_id": list(tokenizer.eos_ids)}
+    weights.write_text(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
+
+
+def fresh_folder(output: str | Path) -> Path:
+    """The path, if nothing would be overwritten there."""
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"output {output} exists already; give another folder, or remove it first")
+    return path
 
 
 def save_model(model: LanguageModel, folder: str | Path) -> None:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import tiny_llama
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 import minift
+from minift.models import weights as weights_on_disk
 from minift.quant import Quantization
 
 IDS = torch.arange(24).view(2, 12) % 97
@@ -26,14 +29,21 @@ def test_the_bytes_are_those_of_a_dense_load_quantized_afterwards(tmp_path, dtyp
     assert torch.equal(loaded(IDS), after(IDS)) and not any(m.training for m in loaded.modules())
 
 
-def test_a_bad_recipe_is_refused_before_anything_is_read(tmp_path):
+def test_a_bad_recipe_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     minift.save_model(tiny_llama(), tmp_path)
+    monkeypatch.setattr(weights_on_disk, "fill", None)  # cannot be called
     with pytest.raises(ValueError, match="format 'int3' is not known"):
         minift.load_model(tmp_path, quantize="int3")
     with pytest.raises(ValueError, match=r"only \['query'\] match no linear layer"):
         minift.load_model(tmp_path, quantize=Quantization(only=("query",)))
 
 
-def test_an_empty_format_is_a_dense_model(tmp_path):
-    minift.save_model(tiny_llama(), tmp_path)
-    assert not minift.load_model(tmp_path, quantize=Quantization("")).quantization
+def test_a_saved_tokenizer_is_the_tokenizer(tmp_path):
+    backend = Backend(models.BPE({"<s>": 0, "</s>": 1, "<x>": 2, "a": 3, "b": 4, "ab": 5}, [("a", "b")]))
+    backend.add_special_tokens(["<s>", "</s>", "<x>"])
+    ours = minift.Tokenizer(backend, 0, (1, 2), 2, "{{ messages[0].content }}")
+    minift.save_tokenizer(ours, tmp_path)
+    again = minift.load_tokenizer(tmp_path)
+    assert again.encode("<s>abba</s>") == ours.encode("<s>abba</s>") == [0, 5, 4, 3, 1]
+    assert (again.bos_id, again.eos_ids, again.pad_id) == (0, (1, 2), 2)
+    assert again.chat_template == ours.chat_template

@@ -1,8 +1,11 @@
 """Methods by name, and what is done with them: apply, merge."""
 
+import torch
+from torch import nn
+
 from minift.methods.base import Adapter, Method, Plan
 from minift.methods.full import Full
-from minift.methods.lora import LoRA
+from minift.methods.lora import LoRA, innermost
 from minift.methods.qlora import QLoRA
 from minift.models.interface import LanguageModel, base_layers, is_quantized
 
@@ -56,6 +59,11 @@ def merge(
     _check_mode(model, name, mode, original)
     errors = model.adapters[name].method.merge(model, name, mode, original)
     del model.adapters[name]
+    quantized = {path for path, layer in base_layers(model).items() if is_quantized(innermost(layer))}
+    model.quantization_table = type(model.quantization_table)(
+        row for row in model.quantization_table if row.path in quantized
+    )
+    model.quantization = model.quantization if quantized else ()
     return errors
 
 
@@ -72,14 +80,17 @@ def _check_mode(model, name, mode, original) -> None:
         )
     if original is None:
         return
+    if not torch.equal(original.embed.weight.to(model.embed.weight), model.embed.weight):
+        raise ValueError("original has other embeddings than this model; load the model that was quantized")
     layers, found = base_layers(model), base_layers(original)
     for path in model.adapters[name].modules:
         shape = (layers[path].out_features, layers[path].in_features)
-        if (
-            path not in found
-            or is_quantized(found[path])
-            or tuple(getattr(found[path], "weight", [[]]).shape) != shape
-        ):
+        layer = found.get(path)
+        if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape:
+            came = "nothing"
+            if layer is not None:
+                came = f"{type(layer).__name__} {layer.out_features, layer.in_features}"
             raise ValueError(
-                f"original has no dense layer {path} of shape {shape}; load the model that was quantized"
+                f"original has {came} at {path}, where a dense layer of shape {shape} is needed; load "
+                "the model that was quantized"
             )

@@ -99,6 +99,7 @@ def save_adapter(model: LanguageModel, folder: str | Path, name: str = "default"
     facts = {
         "format": "pt",
         "minift.base_fingerprint": fingerprint(model),
+        "minift.base": _base(model),
         "minift.method": json.dumps(asdict(method)),
         "minift.scaling": repr(method.scaling),
     }
@@ -122,8 +123,9 @@ def load_adapter(
         stored = {_our_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if check_base and facts.get("minift.base_fingerprint", fingerprint(model)) != fingerprint(model):
         raise ValueError(
-            f"{folder} was trained on another base model than {model.source or 'this one'}, or on one "
-            "quantized otherwise (fingerprints differ); load that base, or pass check_base=False"
+            f"{folder} was trained on another base than this one (fingerprints differ): on "
+            f"{facts.get('minift.base', 'one that the file does not describe')}, not on {_base(model)}; load "
+            "that base, or pass check_base=False to load_adapter"
         )
     expected = {}
     for site in method.plan(model).sites:
@@ -224,6 +226,17 @@ def _peft_targets(model: LanguageModel, paths: list[str]) -> tuple[list[str], li
     if inside and sorted(match(model, names, layers=blocks)) == sorted(paths):
         return names, blocks
     return sorted(paths), None
+
+
+def _base(model: LanguageModel) -> str:
+    """Source, dtype and quantization of a base, in words."""
+    recipes = [
+        f"{r.format} in blocks of {r.block_size}{', double' * r.double_quant}" for r in model.quantization
+    ]
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    return (
+        f"{model.source or 'a model made in Python'} in {dtype}, {' and '.join(recipes) or 'not quantized'}"
+    )
 
 
 def fingerprint(model: LanguageModel) -> str:

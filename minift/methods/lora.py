@@ -176,7 +176,7 @@ class LoRA(Method):
     def count(self, plan):
         return sum(self.r * (fan_in + fan_out) for fan_out, fan_in in (site.shape for site in plan.sites))
 
-    def merge(self, model, name, mode="dequantized", original=None):
+    def merge(self, model, name, mode, original):
         """W + scaling * B A in fp32, rounded once; every layer is checked before any weight changes."""
         modules, merged, errors = model.adapters[name].modules, {}, {}
         for path, layer in modules.items():
@@ -185,12 +185,12 @@ class LoRA(Method):
             exact = trained_against.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
             start = dense_weight(base_layers(original)[path]) if original is not None else trained_against
             weight = start.to(trained_against.device).float() + layer.delta().float()
-            merged[path] = merged_layer(base, weight, mode)
-            got = dense_weight(merged[path])
-            if not torch.isfinite(got).all():
+            if not torch.isfinite(weight.to(trained_against.dtype)).all():
                 raise ValueError(
                     f"merging {name!r} into {path} gives non-finite weights; nothing was changed"
                 )
+            merged[path] = _with_weight(base, weight, mode)
+            got = dense_weight(merged[path])
             errors[path] = (got.double() - exact).abs().max().item()
         for path, layer in modules.items():
             _replace_innermost(layer, merged[path])
@@ -198,7 +198,7 @@ class LoRA(Method):
         return errors
 
 
-def merged_layer(base: nn.Module, weight: torch.Tensor, mode: str) -> nn.Module:
+def _with_weight(base: nn.Module, weight: torch.Tensor, mode: str) -> nn.Module:
     """A layer as `base` with another matrix: quantized again in mode "requantized", otherwise dense."""
     if is_quantized(base):
         return base.requantized(weight) if mode == "requantized" else base.dense(weight)

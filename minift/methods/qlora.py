@@ -3,9 +3,10 @@
     y = x dequantize(W4)^T + scaling * B A x
 
 W4 is frozen; A and B stay fp32. Trainable: r * (in + out) for each layer, as for LoRA. The start is the
-quantized model. A base that is quantized already, in the same format, stays as it is. To never hold the dense
-model, quantize while loading: `load_model(source, quantize=method.quantization)`, which is what `minift
-train` does. Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
+quantized model. A base that is quantized already, in the same format, stays as it is. `minift train`
+quantizes while loading, `load_model(source, quantize=method.quantization)`, and never holds the dense model;
+on a folder that holds a 4-bit checkpoint, train with method lora.
+Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from minift.methods.lora import LoRA, innermost
 from minift.models.interface import base_layers, is_quantized
 from minift.models.targets import ALL_LINEAR
 from minift.quant import Quantization, quantize_model
+from minift.quant.model import layers_to_quantize
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class QLoRA(LoRA):
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     """Names, globs over whole paths, or "all-linear"."""
     format: str = "nf4"
-    """Of the frozen weights: nf4, fp4, int8 or int8_dynamic."""
+    """Of the frozen weights, one of FORMATS."""
     block_size: int = 64
     """Elements that share a scale: a power of two, 32 to 4096."""
     double_quant: bool = True
@@ -33,8 +35,7 @@ class QLoRA(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.quantization.format:
-            raise ValueError("format is empty; QLoRA needs a quantized base, or use the method lora")
+        Quantization(self.format, self.block_size, self.double_quant)  # checks them
 
     @property
     def quantization(self) -> Quantization:
@@ -50,6 +51,12 @@ class QLoRA(LoRA):
                     f"{path} is quantized with (format, block_size, double_quant) {found}, the method says "
                     f"{mine}; let them agree, or apply lora, which takes any base"
                 )
+        if any(is_quantized(module) for module in model.modules()):
+            return None
+        try:
+            layers_to_quantize(model, self.quantization)
+        except ValueError as error:
+            return str(error)
         return None
 
     def inject(self, model, plan, name, seed):

@@ -19,7 +19,7 @@ import torch
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # of the second quantization, as in bitsandbytes
 CHUNK = 2**18  # elements quantized at a time
-CELLS = 4096
+CELLS = 4096  # of [-1, 1]; FP4's nearest midpoints are 0.0026 apart, 5 cells
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -69,7 +69,8 @@ class Format:
         cell = _cell(midpoints)
         if (cell.diff() < 1).any():
             raise ValueError(
-                f"format {self.name}: values closer than {4 / CELLS:g} need an encode of their own"
+                f"format {self.name}: two midpoints lie in one of {CELLS} equal cells of [-1, 1]; such a "
+                "format needs an encode of its own"
             )
         midpoint = torch.full((CELLS + 1,), float("inf"), dtype=torch.float32, device="cpu")
         midpoint[cell.long()] = midpoints
@@ -122,7 +123,7 @@ class Format:
     def bound(self) -> float:
         """Largest |w - dequantized| / absmax in exact arithmetic: half of the widest gap in [-1, 1]."""
         values = sorted(self.values("cpu").double().tolist())
-        return max([(b - a) / 2 for a, b in pairwise(values)] + [values[0] + 1])
+        return max([(b - a) / 2 for a, b in pairwise(values)] + [values[0] + 1, 1 - values[-1]])
 
     def bytes(self, shape, block_size: int = 64, double_quant: bool = True) -> int:
         """The storage law: what a weight of this shape takes."""
@@ -159,6 +160,8 @@ class Layout:
     double_quant: bool
 
     def __post_init__(self):
+        if type(self.double_quant) is not bool:
+            raise ValueError(f"double_quant is {self.double_quant!r}; it is True or False")
         if self.block_size not in BLOCK_SIZES or type(self.block_size) is not int:
             raise ValueError(
                 f"block_size is {self.block_size!r}; supported: {', '.join(map(str, BLOCK_SIZES))}"

@@ -1,5 +1,4 @@
-"""bitsandbytes 4-bit checkpoints, read and written bit for bit, as version 0.50 and transformers lay them
-out.
+"""bitsandbytes 4-bit checkpoints, bit for bit, as version 0.50 and transformers lay them out.
 
     <layer>.weight                 uint8 (ceil(n/2), 1), two codes a byte, the first in the high nibble
     <layer>.weight.absmax          fp32 (blocks,), or uint8 codes of it under double quantization
@@ -50,7 +49,7 @@ def to_state(weight: QuantizedWeight, path: str) -> dict[str, torch.Tensor]:
         facts["nested_offset"] = weight.offset.item()
         state[f"{name}.nested_absmax"] = weight.nested_absmax
         state[f"{name}.nested_quant_map"] = INT8_DYNAMIC.values(device).clone()
-    packed_facts = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    packed_facts = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device="cpu")
     return {**state, f"{name}{STATE}{layout.format.name}": packed_facts}
 
 
@@ -79,10 +78,11 @@ def from_state(state: dict[str, torch.Tensor], path: str) -> QuantizedWeight:
     _check_map(state[f"{name}.quant_map"], layout.format, name, "quant_map")
     if nested:
         _check_map(state[f"{name}.nested_quant_map"], INT8_DYNAMIC, name, "nested_quant_map")
-    fp32 = [f"{name}.nested_absmax"] if nested else [f"{name}.absmax"]
-    for key in fp32:
-        if state[key].dtype != torch.float32 or not torch.isfinite(state[key]).all():
-            raise ValueError(f"{key} is {state[key].dtype} or not finite; expected finite torch.float32")
+    scales = f"{name}.nested_absmax" if nested else f"{name}.absmax"
+    if state[scales].dtype != torch.float32:
+        raise ValueError(f"{scales} is {state[scales].dtype}; expected torch.float32")
+    if not torch.isfinite(state[scales]).all() or (state[scales] < 0).any():
+        raise ValueError(f"{scales} holds numbers that are negative or not finite; the checkpoint is damaged")
     tensors = {"packed": state[name].reshape(-1)}
     if nested:
         offset = torch.tensor([facts["nested_offset"]], dtype=torch.float32, device=state[name].device)
@@ -103,9 +103,10 @@ def _facts(stored: torch.Tensor, name: str, kind: str) -> dict:
     """The JSON of a quant_state, each field checked."""
     try:
         facts = json.loads(bytes(stored.tolist()).decode())
-        assert isinstance(facts, dict)
-    except (ValueError, AssertionError, TypeError, RecursionError):
-        raise ValueError(f"{name}: quant_state is not the JSON of a table") from None
+    except (ValueError, TypeError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name}: quant_state is not the JSON of a table")
     nested = facts.keys() & NESTED_FIELDS
     expected = JSON_FIELDS | (NESTED_FIELDS if nested else set())
     if facts.keys() != expected:
@@ -122,7 +123,11 @@ def _facts(stored: torch.Tensor, name: str, kind: str) -> dict:
             f"{name}: nested_blocksize {facts['nested_blocksize']!r} of {facts['nested_dtype']!r}; "
             f"supported: {NESTED_BLOCK_SIZE} of 'float32'"
         )
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < 3.4e38:
+    if (
+        isinstance(offset, bool)
+        or not isinstance(offset, int | float)
+        or not abs(offset) <= torch.finfo(torch.float32).max
+    ):
         raise ValueError(f"{name}: nested_offset {offset!r} in quant_state is not a finite number")
     return facts
 

@@ -3,10 +3,9 @@
 Forward and backward dequantize a slab of W (SLAB elements) into one buffer and multiply by it: rows of W for
 y = x W^T, columns for dx = dy W, so that no product is split along its sum and the numbers are those of a
 dense layer with the dequantized weight. Columns are whole blocks only where in_features % block_size == 0;
-otherwise the backward dequantizes W once. A second dense copy of W never exists.
+otherwise the backward dequantizes W whole, once.
 """
 
-import copy
 from math import gcd
 
 import torch
@@ -127,22 +126,19 @@ class QuantizedLinear(nn.Module):
         """Quantize another matrix (out, in) into this layer, in its format."""
         if tuple(weight.shape) != self.layout.shape:
             raise ValueError(f"the layer's weight is {self.layout.shape}, not {tuple(weight.shape)}")
-        layout = self.layout
-        new = quantize_weight(weight, layout.format.name, layout.block_size, layout.double_quant)
-        for name, tensor in new.tensors.items():
+        for name, tensor in self.requantized(weight).quantized().tensors.items():
             getattr(self, name).data.copy_(tensor)
 
     def requantized(self, weight: torch.Tensor) -> "QuantizedLinear":
-        """A layer as this one, with another matrix in the same format."""
-        layer = copy.deepcopy(self)
-        layer.quantize_(weight)
-        return layer
+        """A layer as this one, the bias shared, with another matrix in the same format."""
+        layout = self.layout
+        new = quantize_weight(weight, layout.format.name, layout.block_size, layout.double_quant)
+        return QuantizedLinear.from_weight(new, self.compute_dtype, self.bias).train(self.training)
 
-    def dense(self, weight: torch.Tensor | None = None) -> nn.Linear:
-        """A dense layer with this one's matrix, or another, in the compute dtype."""
+    def dense(self, weight: torch.Tensor) -> nn.Linear:
+        """A dense layer as this one, the bias shared, with another matrix in the compute dtype."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.dequantize() if weight is None else weight.to(self.compute_dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(self.compute_dtype), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)
 

@@ -1,6 +1,6 @@
 """quantize_model: which linear layers become quantized, and what that costs each of them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,26 +18,24 @@ class Quantization:
     """How to quantize a model: the arguments of `quantize_model`."""
 
     format: str = "nf4"
-    """nf4, fp4, int8 or int8_dynamic; empty means a dense model."""
+    """One of FORMATS."""
     block_size: int = 64
     """Elements that share a scale: a power of two, 32 to 4096."""
     double_quant: bool = True
     """Store the scales as 8-bit codes."""
     only: tuple[str, ...] = (ALL_LINEAR,)
-    """Names, globs over whole paths, or "all-linear", which leaves the head out."""
+    """Layers: names, globs over whole paths, or "all-linear", which leaves the head out."""
     skip: tuple[str, ...] = ()
     """Rules of the same form for layers to leave dense."""
 
     def __post_init__(self):
         for rules in ("only", "skip"):
             value = getattr(self, rules)
+            listed = isinstance(value, list | tuple) and all(isinstance(rule, str) for rule in value)
+            if not isinstance(value, str) and not listed:
+                raise ValueError(f"{rules} is {value!r}; give a rule or a list of rules")
             object.__setattr__(self, rules, (value,) if isinstance(value, str) else tuple(value))
-        if self.format:
-            Layout(find_format(self.format), (1, 1), self.block_size, self.double_quant)
-        elif any(getattr(self, f.name) != f.default for f in fields(self) if f.name != "format"):
-            raise ValueError(
-                "no format is given, so how to quantize has no meaning; give a format such as nf4"
-            )
+        Layout(find_format(self.format), (1, 1), self.block_size, self.double_quant)
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class LayerError:
     path: str
     format: str
     elements: int
+    width: int  # in_features
     bytes_before: int
     bytes_after: int
     relative: float | None = None  # |W - Q| / |W|, Frobenius
@@ -102,17 +101,23 @@ def quantize_model(
     skip=(),
     only=(ALL_LINEAR,),
 ) -> QuantizationTable:
-    """Replace linear layers by QuantizedLinear, one at a time; several calls can mix formats in one model.
+    """Replace linear layers by QuantizedLinear; several calls can mix formats in one model.
 
-    `only` and `skip` are rules as in `target_modules`. Every layer is checked before the first is replaced.
+    `only` and `skip` are rules as in `target_modules`. All layers are quantized before the first is replaced,
+    so an error leaves the model as it was; `load_model(quantize=...)` never holds both.
     """
     recipe = Quantization(format, block_size, double_quant, only, skip)
     layers, rows = base_layers(model), []
     paths = layers_to_quantize(model, recipe)
-    for path in paths:
-        layer, row = quantize_layer(layers[path], recipe, path)
+    made = {path: quantize_layer(layers[path], recipe, path) for path in paths}
+    for path, (layer, row) in made.items():
         replace_layer(model, path, layer)
         rows.append(row)
+    return record(model, recipe, rows)
+
+
+def record(model: LanguageModel, recipe: Quantization, rows: list[LayerError]) -> QuantizationTable:
+    """Note on the model what was done to it; the table of this recipe alone."""
     model.quantization = (*model.quantization, recipe)
     model.quantization_table = QuantizationTable([*model.quantization_table, *rows])
     return QuantizationTable(rows)
@@ -126,8 +131,8 @@ def layers_to_quantize(model: LanguageModel, recipe: Quantization) -> list[str]:
         layer = layers[path]
         if isinstance(layer, QuantizedLinear):
             raise ValueError(
-                f"{path} is quantized already ({layer.layout.format.name}); name it in skip, or load the "
-                "model again"
+                f"{path} is quantized already ({layer.layout.format.name}); name it in skip, or leave out "
+                "quantize"
             )
         if not isinstance(layer, nn.Linear):
             raise ValueError(
@@ -136,6 +141,10 @@ def layers_to_quantize(model: LanguageModel, recipe: Quantization) -> list[str]:
         if layer.weight is model.embed.weight:
             raise ValueError(
                 f"{path} shares its weight with the embedding, which stays dense; name it in skip"
+            )
+        if layer.weight.dtype == torch.float64:
+            raise ValueError(
+                f"{path}.weight is torch.float64; blocks are computed in fp32, so convert it first"
             )
         if not layer.weight.is_meta and not torch.isfinite(torch.stack(layer.weight.aminmax())).all():
             raise not_finite(layer.weight, f"{path}.weight")
@@ -146,7 +155,8 @@ def quantize_layer(layer: nn.Linear, recipe: Quantization, path: str) -> tuple[Q
     """A linear layer's replacement, and its error (not known on the meta device)."""
     w = layer.weight
     layout = Layout(find_format(recipe.format), tuple(w.shape), recipe.block_size, recipe.double_quant)
-    sizes = (path, recipe.format, w.numel(), w.numel() * w.element_size(), sum(layout.sizes().values()))
+    dense_bytes, bytes_after = w.numel() * w.element_size(), sum(layout.sizes().values())
+    sizes = (path, recipe.format, w.numel(), layer.in_features, dense_bytes, bytes_after)
     if w.is_meta:
         return QuantizedLinear(layout, w.dtype, layer.bias, "meta"), LayerError(*sizes)
     quantized = quantize_weight(w, recipe.format, recipe.block_size, recipe.double_quant, f"{path}.weight")

@@ -25,8 +25,7 @@ def find_format(name: str) -> Format:
 class QuantizedWeight:
     """A quantized weight: `packed`, the scales, `dequantize(dtype)`, `nbytes`.
 
-    `tensors` maps the names of `Layout.sizes` to 1-D uint8 tensors; `dtype` is that of the weight it came
-    from.
+    `tensors` maps the names of `Layout.sizes` to 1-D uint8 tensors; `dequantize()` gives `dtype` by default.
     """
 
     def __init__(self, layout: Layout, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
@@ -114,7 +113,10 @@ def quantize_weight(
         raise not_finite(w, name) from None
     tensors = {"packed": packed}
     if double_quant:
-        codes, nested_absmax, offset = quantize_absmax(absmax)
+        try:
+            codes, nested_absmax, offset = quantize_absmax(absmax)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         tensors |= {"absmax": codes, "nested_absmax": as_bytes(nested_absmax), "offset": as_bytes(offset)}
     else:
         tensors["absmax"] = as_bytes(absmax)

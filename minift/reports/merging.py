@@ -1,12 +1,13 @@
-"""`minift merge`: fold an adapter into its base, with the error that it makes, in the weights and the
-logits."""
+"""`minift merge`: fold an adapter in, with the error that it makes in weights and logits."""
 
 import torch
 
-from minift.load import load_model, load_tokenizer, save_model
+from minift.load import fresh_folder, load_model, load_tokenizer, save_model, save_tokenizer
 from minift.methods import merge as fold
 from minift.methods.files import load_adapter
-from minift.quant import Quantization
+from minift.methods.lora import innermost
+from minift.models.interface import base_layers
+from minift.quant import Quantization, bnb
 from minift.reports.quantization import read_text
 
 PROBE = 256  # tokens on which the logits are compared
@@ -22,11 +23,13 @@ def merge(
     text: str = "",
 ) -> dict[str, float]:
     """Load, merge, print the errors, save to `output`; `mode` as in `minift.merge`."""
-    model = load_model(source, dtype, quantize=quantize)
+    folder = fresh_folder(output)
+    model, tokenizer = load_model(source, dtype, quantize=quantize), load_tokenizer(source)
     load_adapter(model, adapter)
+    _check_storable(model, mode)
     original = load_model(source, dtype) if mode == "original" else None
     tokens = min(PROBE, model.config.max_position_embeddings)
-    ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * tokens])[:tokens]])
+    ids = torch.tensor([tokenizer.encode(read_text(text)[: 16 * tokens])[:tokens]])
     with torch.inference_mode():
         before = model(ids)[0].float()  # (T, V)
     errors = fold(model, mode=mode, original=original)
@@ -37,9 +40,24 @@ def merge(
     for path, error in errors.items():
         print(f"{path:<{width}}  {error:.3e}")
     print(f"{mode}: {logit_error(before, after)}")
-    save_model(model, output)
+    save_model(model, folder)
+    save_tokenizer(tokenizer, folder)
     print(f"the merged model is in {output}")
     return errors
+
+
+def _check_storable(model, mode: str) -> None:
+    """Refuse what could not be saved after the merge, before the work."""
+    [adapter] = model.adapters.values()
+    for path, layer in base_layers(model).items():
+        layout = getattr(innermost(layer), "layout", None)
+        stays = layout and (mode == "requantized" or path not in adapter.modules)
+        if stays and layout.format.name not in bnb.STORABLE:
+            raise ValueError(
+                f"{path} would stay {layout.format.name}, and a saved model holds "
+                f"{' or '.join(bnb.STORABLE)}; quantize only the layers that the adapter covers, and merge "
+                "them with mode dequantized"
+            )
 
 
 def logit_error(before: torch.Tensor, after: torch.Tensor) -> str:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from minift.data.tokenizer import Tokenizer
-from minift.load import load_model, load_tokenizer, save_model
+from minift.load import fresh_folder, load_model, load_tokenizer, save_model, save_tokenizer
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
-from minift.quant import FORMATS, Quantization, quantize_model
+from minift.quant import Quantization, bnb, quantize_model
 from minift.quant.model import QuantizationTable
 from minift.reports.plots import plot_quantization
 
@@ -30,8 +30,11 @@ def quantize(
     text: str = "",
 ) -> QuantizationTable:
     """`minift quantize`: print the table; write the 4-bit checkpoint to `output`, the report to `report`."""
-    if not recipe.format:
-        raise ValueError(f"no format is given; known formats: {', '.join(FORMATS)}")
+    if output and recipe.format not in bnb.STORABLE:
+        raise ValueError(
+            f"a 4-bit checkpoint holds {' or '.join(bnb.STORABLE)}, not {recipe.format}; leave out --output"
+        )
+    folder = fresh_folder(output) if output else None
     if not report:
         model = load_model(source, dtype, quantize=recipe)
         print(model.quantization_table)
@@ -43,8 +46,13 @@ def quantize(
         after = text_nats(model, tokenizer, sample)
         _write(Path(report), model.quantization_table, recipe, before, after, text)
     if output:
-        save_model(model, output)
-        print(f"{output} holds the model as a bitsandbytes 4-bit checkpoint")
+        save_model(model, folder)
+        save_tokenizer(load_tokenizer(source), folder)
+        print(f"{output} holds the model as a bitsandbytes 4-bit checkpoint, and its tokenizer")
+        if any(row.width % recipe.block_size for row in model.quantization_table):
+            print(
+                "some rows are not whole blocks; bitsandbytes 0.50 on AVX-512 CPUs reads such layers wrongly"
+            )
     return model.quantization_table
 
 
@@ -88,8 +96,10 @@ def read_text(path: str = "") -> str:
 def text_nats(
     model: LanguageModel, tokenizer: Tokenizer, text: str, tokens: int = TOKENS
 ) -> tuple[float, int]:
-    """(sum of nats, predicted tokens) over windows of the text's first tokens; each window's first is
-    free."""
+    """(sum of nats, predicted tokens) of the text's first tokens, in windows of their own.
+
+    A window's first token is not predicted. A token is taken to be 16 characters at most.
+    """
     ids = tokenizer.encode(text[: 16 * tokens])[:tokens]
     window = min(WINDOW, model.config.max_position_embeddings)
     if len(ids) < 2:

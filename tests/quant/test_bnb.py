@@ -251,7 +251,9 @@ def test_a_matrix_that_is_not_the_config_s_is_refused(folder):
     with pytest.raises(ValueError, match=r"mlp\.\w+\.weight is a 4-bit matrix .*; the config asks for"):
         minift.load_model(folder)
     edit_config(folder, intermediate_size=48, num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"layers\.1\.\S+\.weight is a 4-bit matrix .* asks for None"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.\S+\.weight is 4-bit, and the model has no linear layer"
+    ):
         minift.load_model(folder)
 
 
@@ -293,7 +295,5 @@ def test_a_model_that_no_such_checkpoint_can_hold_is_not_saved(tmp_path, second,
 
 def test_quantizing_what_is_four_bit_already_is_refused(folder):
     for recipe in ("nf4", "int8", minift.Quantization("fp4", only=("q_proj",))):
-        with pytest.raises(
-            ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantized already \(nf4\)"
-        ):
+        with pytest.raises(ValueError, match=r"self_attn\.q_proj is quantized already \(nf4\)"):
             minift.load_model(folder, quantize=recipe)

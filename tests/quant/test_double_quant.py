@@ -117,6 +117,8 @@ def test_weights_are_as_close_as_their_own_bound_and_that_of_their_scale(name, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_beyond_fp32_is_an_error_that_names_the_way_out(dtype):
     w = torch.full((256,), 3e38, dtype=dtype)
-    with pytest.raises(ValueError, match="^the mean of absmax overflows fp32; use double_quant=False for"):
+    with pytest.raises(
+        ValueError, match="^the weight: the mean of absmax overflows fp32; use double_quant=False for"
+    ):
         quantize_weight(w, double_quant=True)
     assert torch.equal(quantize_weight(w, double_quant=False).dequantize(), w)

@@ -96,14 +96,21 @@ def test_what_cannot_be_quantized_says_why_and_nothing_is_replaced():
     tied = tiny_llama(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="lm_head shares its weight with the embedding"):
         minift.quantize_model(tied, only=["lm_head"])
-    with pytest.raises(ValueError, match="block_size has no meaning|no format is given"):
-        Quantization("", block_size=128)
+    with pytest.raises(ValueError, match="block_size is 100"):
+        Quantization(block_size=100)
     assert not quantized(model) and not quantized(tied) and not model.quantization
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight is not finite at \[3, 5\]"):
         minift.quantize_model(model)
     assert not quantized(model)
+    model = tiny_llama()
+    for change in (lambda w: w.fill_(3e38), lambda w: w.double()):
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = nn.Parameter(change(layer.weight.data))
+        with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight.* (overflows fp32|torch.float64)"):
+            minift.quantize_model(model)
+        assert not quantized(model) and not model.quantization
 
 
 def test_a_layer_is_quantized_once_and_before_adapters():

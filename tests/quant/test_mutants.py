@@ -57,7 +57,7 @@ def check_base(module):
         assert same_bits(format.lookup("cpu"), VALUES[name][np.stack((byte // 16, byte % 16), 1)])
         assert abs(format.bound - slow.BOUND[name]) <= 2**-23
     for n, bits in ((1, 4), (63, 4), (64 * 256, 4), (64 * 256 + 1, 4), (64 * 600 + 5, 8)):
-        format, B = module.Format("any", bits, (0.0,)), -(-n // 64)
+        format, B = module.Format("any", bits, (0.0,) * 2**bits), -(-n // 64)
         codes = -(-n * bits // 8)
         assert format.bytes((n,), 64, double_quant=False) == codes + 4 * B
         assert format.bytes((n,), 64, double_quant=True) == codes + B + 4 * -(-B // 256) + 4
@@ -139,7 +139,7 @@ MUTANTS = [
     (base, "(whole, n)]", "(whole, n - 1)]"),
     (base, "(start, min(whole, start + step))", "(start, min(whole, start + step) - block_size)"),
     (base, "below[cell.long() + 1] = 1", "below[cell.long()] = 1"),
-    (base, "return order.to(index.device)", "return order.flip(0).to(index.device)"),
+    (base, "index = order.index_select", "index = order.flip(0).index_select"),
     (
         base,
         "midpoints = (values[:-1] + values[1:]) / 2",

@@ -1,6 +1,7 @@
 """minift quantize and minift merge on a tiny model: what they print and write, and their errors."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from minift.reports.quantization import read_text, text_nats
 def folder(tmp_path, monkeypatch):
     for module in (merging, quantization):
         monkeypatch.setattr(module, "load_tokenizer", lambda source: CharTokenizer())
+        monkeypatch.setattr(
+            module, "save_tokenizer", lambda t, path: (path / "tokenizer.json").write_text("-")
+        )
         monkeypatch.setattr(module, "read_text", lambda text: "the cat sat on the mat. " * 20)
     minift.save_model(tiny_llama(), tmp_path / "base")
     return tmp_path
@@ -27,10 +31,13 @@ def run(*words):
 
 
 def test_quantize_prints_the_table_and_writes_a_checkpoint(folder, capsys):
-    assert run("quantize", folder / "base", "--output", folder / "four", "--block-size", 32) == 0
+    assert run("quantize", folder / "base", "--output", folder / "four", "--block_size", 32) == 0
     text = capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj" in text and "bits per weight: 4.3" in text
     again = minift.load_model(folder / "four")
+    assert (folder / "four" / "tokenizer.json").exists() and "some rows are not whole blocks" in text
+    assert run("quantize", folder / "base", "--output", folder / "four") == 2  # nothing is overwritten
+    assert "exists already; give another folder" in capsys.readouterr().err
     assert again.model.layers[0].mlp.up_proj.layout.block_size == 32
 
 
@@ -42,6 +49,7 @@ def test_the_report_has_every_layer_and_both_perplexities(folder, capsys):
     assert 0.9 < after / before < 1.1 and before != after
     assert f"{before:.3f} -> {after:.3f}" in capsys.readouterr().out
     assert (folder / "report" / "quantization.txt").exists()
+    assert (folder / "report" / "quantization.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_the_nats_of_a_text_are_those_of_its_windows():
@@ -79,16 +87,21 @@ def test_merge_prints_its_errors_and_saves(folder, capsys, mode):
     "words, sentence",
     [
         (["quantize", "base", "--format", "nf5"], "format 'nf5' is not known; known formats: nf4"),
-        (["quantize", "base", "--format", ""], "no format is given"),
-        (["quantize", "base", "--block-size", "65"], "block_size is 65; supported: 32"),
+        (["quantize", "base", "--format", ""], "format '' is not known"),
+        (["quantize", "base", "--block_size", "65"], "block_size is 65; supported: 32"),
         (["quantize", "base", "--only", "query"], "match no linear layer; nearest"),
         (["quantize", "base", "--text", "a.txt"], "give --report as well"),
         (
             ["quantize", "base", "--format", "int8", "--output", "four"],
-            "int8, which bitsandbytes checkpoints",
+            "holds nf4 or fp4, not int8; leave out --output",
         ),
         (["merge", "base", "--output", "m"], "required: --adapter"),
-        (["merge", "base", "--adapter", "a", "--output", "m", "--block-size", "32"], "no format is given"),
+        (
+            ["merge", "base", "--adapter", "a", "--output", "m", "--lr", "32"],
+            "unknown setting --lr; known: --quantize",
+        ),
+        (["merge", "base", "--adapter", "a", "--output", "m", "--quantize", "nf5"], "'nf5' is not known"),
+        (["quantize", "base", "--blocksize", "32"], "unknown setting blocksize; did you mean block_size?"),
         (["merge", "base", "--adapter", "a", "--output", "m"], "adapter_config.json is missing"),
     ],
 )
@@ -98,6 +111,29 @@ def test_bad_input_is_one_sentence(folder, capsys, monkeypatch, words, sentence)
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (folder / "four").exists() and not (folder / "m").exists()
+
+
+def test_what_could_not_be_saved_is_refused_before_the_merge(folder, capsys):
+    model = minift.load_model(folder / "base", "bfloat16", quantize="int8")
+    minift.apply(model, minift.LoRA(r=2))
+    minift.save_adapter(model, folder / "adapter")
+    words = ["merge", folder / "base", "--adapter", folder / "adapter", "--output", folder / "merged"]
+    assert run(*words, "--quantize", "int8") == 2
+    printed = capsys.readouterr()
+    assert "k_proj would stay int8, and a saved model holds nf4 or fp4" in printed.err and not printed.out
+
+
+def test_the_difference_of_logits_is_that_of_a_worked_example():
+    before = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    after = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, 2.0, 0.0]])
+    # row 1: p = 1/3 each, q = 1/2, 1/4, 1/4; KL(p || q) = (log(2/3) + 2 log(4/3)) / 3
+    first = (math.log(2 / 3) + 2 * math.log(4 / 3)) / 3
+    p = [math.e / (math.e + 2), 1 / (math.e + 2), 1 / (math.e + 2)]
+    q = [x / (2 + math.e**2) for x in (1, math.e**2, 1)]
+    second = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    text = merging.logit_error(before, after)
+    assert f"KL divergence {(first + second) / 2:.3e} nats a token" in text
+    assert "at most 2.000e+00" in text and "another best token at 1 of 2" in text
 
 
 def test_texts_are_files_of_utf8_or_pythons_reference(tmp_path):
