@@ -143,14 +143,14 @@ def quantize(argv):
     parser.add_argument("--report", nargs="?", const="out/quantize", default="", metavar="DIR")
     parser.add_argument("--text", default="", help="file for the perplexity; default: Python's reference")
     parser.add_argument("--dtype", default="bfloat16")
-    a, rest = parser.parse_known_args(argv)
+    _add_quantization(parser, "--")
+    a = parser.parse_args(argv)
     if a.text and not a.report:
         raise ValueError("--text is for the perplexity in a report; give --report as well")
-    from minift.config import build, read_flags
-    from minift.quant import Quantization
+    recipe = _quantization(a, "")
     from minift.reports.quantization import quantize as run
 
-    run(a.model, build(Quantization, read_flags(rest), ""), a.dtype, a.output, a.report, a.text)
+    run(a.model, recipe, a.dtype, a.output, a.report, a.text)
 
 
 def merge(argv):
@@ -161,22 +161,33 @@ def merge(argv):
     parser.add_argument("--mode", default="dequantized", help="dequantized, requantized or original")
     parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
     parser.add_argument("--dtype", default="bfloat16")
-    a, rest = parser.parse_known_args(argv)
+    _add_quantization(parser, "--quantize.")
+    a = parser.parse_args(argv)
+    recipe = _quantization(a, "quantize.") if _given(a) else None
     from minift.reports.merging import merge as run
 
-    run(a.model, a.adapter, a.output, _quantization(rest), a.mode, a.dtype, a.text)
+    run(a.model, a.adapter, a.output, recipe, a.mode, a.dtype, a.text)
 
 
-def _quantization(words):
-    """--quantize nf4 and --quantize.block_size 128, as in a config; None without them."""
-    from minift.config import build, override, read_flags
+QUANTIZATION_FIELDS = ("format", "block_size", "double_quant", "only", "skip")
+
+
+def _add_quantization(parser, prefix: str) -> None:
+    """--quantize nf4, --quantize.block_size 128 and so on, as in a config; or the fields alone."""
+    for name in QUANTIZATION_FIELDS:
+        names = [f"{prefix}{name}"] + (["--quantize"] if prefix != "--" and name == "format" else [])
+        parser.add_argument(*names, dest=f"quantize.{name}", default=argparse.SUPPRESS)
+
+
+def _given(arguments) -> dict[str, str]:
+    return {name[9:]: value for name, value in vars(arguments).items() if name.startswith("quantize.")}
+
+
+def _quantization(arguments, path: str):
+    from minift.config import build
     from minift.quant import Quantization
 
-    tree = override({}, read_flags(words))
-    for name in tree:
-        if name != "quantize":
-            raise ValueError(f"unknown setting --{name}; known: --quantize FORMAT and --quantize.FIELD VALUE")
-    return build(Quantization, tree["quantize"], "quantize.") if tree else None
+    return build(Quantization, _given(arguments), path)
 
 
 def generate(argv):
@@ -191,15 +202,16 @@ def generate(argv):
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    a, rest = parser.parse_known_args(argv)
-    quantization = _quantization(rest)
+    _add_quantization(parser, "--quantize.")
+    a = parser.parse_args(argv)
+    recipe = _quantization(a, "quantize.") if _given(a) else None
     from minift.data.collate import encode_prompt
     from minift.load import load_model, load_tokenizer
     from minift.methods.files import load_adapter
     from minift.models.generate import generate as continue_
 
     tokenizer = load_tokenizer(a.model)
-    model = load_model(a.model, a.dtype, quantize=quantization)
+    model = load_model(a.model, a.dtype, quantize=recipe)
     if a.adapter:
         load_adapter(model, a.adapter)
     prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from conftest import CharTokenizer, tiny_llama
 
 import minift
+from minift import cli
 from minift.cli import main
 from minift.methods.base import trainable
+from minift.quant import Quantization
 from minift.reports import merging, quantization
 from minift.reports.quantization import read_text, text_nats
 
@@ -98,10 +101,10 @@ def test_merge_prints_its_errors_and_saves(folder, capsys, mode):
         (["merge", "base", "--output", "m"], "required: --adapter"),
         (
             ["merge", "base", "--adapter", "a", "--output", "m", "--lr", "32"],
-            "unknown setting --lr; known: --quantize",
+            "unrecognized arguments: --lr 32",
         ),
         (["merge", "base", "--adapter", "a", "--output", "m", "--quantize", "nf5"], "'nf5' is not known"),
-        (["quantize", "base", "--blocksize", "32"], "unknown setting blocksize; did you mean block_size?"),
+        (["quantize", "base", "--blocksize", "32"], "unrecognized arguments: --blocksize 32"),
         (["merge", "base", "--adapter", "a", "--output", "m"], "adapter_config.json is missing"),
     ],
 )
@@ -134,6 +137,24 @@ def test_the_difference_of_logits_is_that_of_a_worked_example():
     text = merging.logit_error(before, after)
     assert f"KL divergence {(first + second) / 2:.3e} nats a token" in text
     assert "at most 2.000e+00" in text and "another best token at 1 of 2" in text
+
+
+def test_flags_of_quantization_stand_anywhere_and_are_its_fields(folder, capsys):
+    assert tuple(f.name for f in fields(Quantization)) == cli.QUANTIZATION_FIELDS
+    words = [
+        "--quantize",
+        "nf4",
+        "--quantize.skip",
+        "down_proj",
+        folder / "base",
+        "a cat",
+        "--dtype",
+        "float32",
+    ]
+    assert run("generate", *words, "--max-new-tokens", 1) == 2  # the folder has no tokenizer
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+    assert run("quantize", "--block_size", 32, "--double_quant", "false", folder / "base") == 0
+    assert "bits per weight: 5.0000" in capsys.readouterr().out
 
 
 def test_texts_are_files_of_utf8_or_pythons_reference(tmp_path):
