@@ -81,3 +81,13 @@ def shared_data():
     if not folder:
         pytest.skip("needs MINIFT_TEST_DATA, a folder with the reference data sets")
     return Path(folder)
+
+
+@pytest.fixture
+def eager():
+    """bitsandbytes compiles a function anew for each shape; one thread is fast for weights this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.set_num_threads(threads)

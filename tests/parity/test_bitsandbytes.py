@@ -17,14 +17,7 @@ EIGHT_BIT_CASES = 120  # for each dtype
 TINY = torch.finfo(torch.float32).tiny
 
 
-@pytest.fixture(autouse=True)
-def eager():
-    """bitsandbytes compiles a function anew for each shape; one thread is fast for weights this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def pick(options, g):

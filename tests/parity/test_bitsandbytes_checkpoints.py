@@ -27,14 +27,7 @@ KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
-@pytest.fixture(autouse=True)
-def eager():
-    """bitsandbytes compiles a function anew for each shape; one thread is fast for weights this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def same(a, b):

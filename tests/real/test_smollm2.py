@@ -110,30 +110,21 @@ print((peak - start) / (size + 2 * largest))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("quantize, limit", [("", 1.3), ("nf4", 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("form", ["gguf", "folder"])
-def test_loading_needs_little_more_than_the_model(smollm2_path, smollm2, tmp_path, dtype, form):
+def test_loading_needs_little_more_than_the_model(
+    smollm2_path, smollm2, tmp_path, dtype, form, quantize, limit
+):
+    """As a multiple of the model; of the quantized one and 2 of its largest dense tensors, the embedding."""
     source = smollm2_path
     if form == "folder":
         source = tmp_path
         minift.save_model(smollm2, source)
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(source), dtype, ""], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, str(source), dtype, quantize], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) <= 1.3
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("form, dtype", [("gguf", "bfloat16"), ("folder", "float32")])
-def test_quantizing_while_loading_never_holds_the_dense_model(smollm2_path, smollm2, tmp_path, form, dtype):
-    source = smollm2_path
-    if form == "folder":
-        source = tmp_path
-        minift.save_model(smollm2, source)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(source), dtype, "nf4"], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) <= 1  # of the quantized model and 2 of its largest dense tensors, the embedding
+    assert float(done.stdout) <= limit
 
 
 def test_qlora_keeps_its_base_and_the_model_near_the_dense_one(smollm2_path, smollm2, tokenizer):
