@@ -8,14 +8,14 @@ with Python, windows of 512, bf16. Gate: no layer's largest error is above its p
 from benchmarks.harness import gate, report
 from minift.load import load_model, load_tokenizer
 from minift.metrics.language_model import perplexity
-from minift.quant import quantize_model
+from minift.quant import FORMATS, quantize_model
 from minift.reports.quantization import TOKENS, read_text, text_nats
 
 
 def run(quick: bool) -> None:
     tokenizer, text = load_tokenizer("smollm2"), read_text()
     tokens = 512 if quick else TOKENS
-    recipes = [(f, b, d) for f in ("nf4", "fp4", "int8") for b in (64, 128) for d in (False, True)]
+    recipes = [(f, b, d) for f in FORMATS for b in (64, 128) for d in (False, True)]
     rows = []
     for recipe in [None, *(recipes[:1] if quick else recipes)]:
         model = load_model("smollm2", "bfloat16")
