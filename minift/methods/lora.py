@@ -177,14 +177,15 @@ class LoRA(Method):
         return sum(self.r * (fan_in + fan_out) for fan_out, fan_in in (site.shape for site in plan.sites))
 
     def merge(self, model, name, mode, original):
-        """W + scaling * B A in fp32, rounded once; every layer is checked before any weight changes."""
+        """W + scaling * B A in fp32 (fp64 for fp64), rounded once; all checked before any weight changes."""
         modules, merged, errors = model.adapters[name].modules, {}, {}
         for path, layer in modules.items():
             base = innermost(layer)
             trained_against = dense_weight(base)
             exact = trained_against.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
             start = dense_weight(base_layers(original)[path]) if original is not None else trained_against
-            weight = start.to(trained_against.device).float() + layer.delta().float()
+            wide = torch.promote_types(trained_against.dtype, torch.float32)
+            weight = start.to(trained_against.device, wide) + layer.delta().to(wide)
             if not torch.isfinite(weight.to(trained_against.dtype)).all():
                 raise ValueError(
                     f"merging {name!r} into {path} gives non-finite weights; nothing was changed"

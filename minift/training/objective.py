@@ -16,7 +16,7 @@ class Objective(nn.Module):
 
     The one module that is wrapped (DDP, FSDP, compile): calling parts of a wrapped model from the loop would
     give wrong gradients on several ranks without a word. Logits are (N, V) for the N supervised positions,
-    in fp32 and in chunks, never (B, T, V).
+    in fp32 (fp64 for fp64) and in chunks, never (B, T, V).
     """
 
     def __init__(self, model: LanguageModel):
@@ -39,4 +39,5 @@ class Objective(nn.Module):
 
     def _nll(self, hidden, targets):
         logits = self.model.head(hidden)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, reduction="sum")
