@@ -20,14 +20,14 @@ try:
     import triton.language as tl
 except ImportError:  # not on Linux
 
-    class triton:  # noqa: N801
+    class triton:
         __version__ = None
 
         @staticmethod
         def jit(kernel):
             return kernel
 
-    class tl:  # noqa: N801
+    class tl:
         constexpr = dtype = None
 
 
@@ -59,12 +59,12 @@ def missing(backend: str, device: torch.device, has: tuple[str, ...]) -> str | N
         if triton.__version__ is None:
             return "Triton is not installed"
         if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-            return f"Triton runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1; these are on {device}"
+            return f"Triton runs on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1; got {device}"
     return None
 
 
 def choose(op: str, device: torch.device, has: tuple[str, ...]) -> str:
-    """The backend that runs `op` on tensors of a device: the first of `has` that can, or the one asked for."""
+    """The backend that runs `op` on tensors of a device: the first of `has` that can, or the asked one."""
     asked = _state["backend"]
     if asked == "auto":
         return next(backend for backend in has if missing(backend, device, has) is None)

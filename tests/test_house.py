@@ -55,7 +55,7 @@ THIRD_PARTY = {
 OPTIONAL = {"gguf", "matplotlib"}  # the only imports inside functions
 # cli.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
 IMPORTS_IN_FUNCTIONS = {"cli.py"}
-# Not ops: which backend runs, the quantized matrix, decoding inside kernels, products in slabs, the C library.
+# Not ops: the choice of backends, the quantized matrix, decoding, products in slabs, the C library.
 SHARED_BY_KERNELS = ("__init__", "runtime", "packed", "decode", "slabs", "library")
 LINES = {"models": 450, "kernels": 350}
 FORBIDDEN = ("hugging face " + "peft inside", "to" + "do:", "fix" + "me", "x" + "xx ", "set" + "trace")
