@@ -1,7 +1,7 @@
 """What Triton makes of a kernel, without a GPU: compile ahead of time and read the machine code.
 
-`Build` says how a kernel is launched and what its code must keep; `inspect_build` compiles it for one chip and
-counts. Instructions per element are those of the largest loop (or of the whole kernel where it has none),
+`Build` says how a kernel is launched and what its code must keep; `inspect_build` compiles it for one chip
+and counts. Instructions per element are those of the largest loop (or of the whole kernel where it has none),
 divided by the elements that a thread handles there. Tools: cuobjdump from Triton's wheel.
 """
 

@@ -1,4 +1,4 @@
-"""The tests of each kernel file that are marked `triton`, in Triton's interpreter, in a process of their own."""
+"""The tests of each kernel file marked `triton`, in Triton's interpreter, in a process of their own."""
 
 import os
 import subprocess
