@@ -2,9 +2,19 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.9"]
+
+# Plain C, loaded by ctypes; where it does not compile, the install goes on without it.
+CPU_KERNELS = Extension(
+    "minift.kernels.cpu._kernels",
+    sources=["kernels/cpu/kernels.c"],
+    depends=["kernels/cpu/ops.h", "kernels/cpu/amx.h"],
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
 
 setup(
     name="minift",
@@ -18,6 +28,7 @@ setup(
         "minift",
         "minift.data",
         "minift.kernels",
+        "minift.kernels.cpu",
         "minift.methods",
         "minift.metrics",
         "minift.models",
@@ -27,6 +38,8 @@ setup(
         "minift.training",
     ],
     package_dir={"minift.kernels": "kernels"},
+    package_data={"minift.kernels.cpu": ["*.c", "*.h"]},
+    ext_modules=[CPU_KERNELS],
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

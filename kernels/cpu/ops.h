@@ -1,0 +1,22 @@
+/* The ops for one instruction set; kernels.c includes this file once for each. */
+#include "vectors.h"
+#include "weights.h"
+#include "adamw.h"
+
+#undef vf
+#undef vi
+#undef vl
+#undef vf_any
+#undef vi_any
+#undef table
+#undef LANES
+#undef ANYWHERE
+#undef INLINE
+#undef FIRST_OF_PAIRS
+#undef SECOND_OF_PAIRS
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+#undef COUNTING
+#undef SET
+#undef LEVEL
+#undef W

@@ -1,0 +1,161 @@
+"""The C file of kernels/cpu, called through ctypes: which instruction set it runs, and why it may be missing.
+
+`setup.py` builds it where there is a C compiler; without one every op runs in plain torch. The processor
+decides at load time among the instruction sets of LEVELS; MINIFT_CPU names a lower one. Threads are torch's.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from minift.kernels.packed import Packed
+
+LEVELS = ("plain", "avx2", "avx512", "amx")  # in the order of kernels.c
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TABLE4, LINEAR8, TABLE8 = range(3)
+
+
+class _Weight(ctypes.Structure):
+    """struct weight of kernels.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "codebook")),
+        *((name, ctypes.c_void_p) for name in ("nested_absmax", "offset", "nested_codebook")),
+        *((name, ctypes.c_long) for name in ("rows", "columns")),
+        *((name, ctypes.c_int) for name in ("log_block", "kind")),
+    ]
+
+
+class _AdamW(ctypes.Structure):
+    """struct adamw of kernels.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("m_map", "v_map", "m_cells", "v_cells")),
+        *((name, ctypes.c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2")),
+        *((name, ctypes.c_float) for name in ("keep", "step_size", "root", "eps")),
+        *((name, ctypes.c_int) for name in ("m_zero", "v_zero")),
+    ]
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, long, whole = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    weight = ctypes.POINTER(_Weight)
+    library.minift_dequantize.argtypes = [weight, pointer, whole, long, long, long, long, whole, whole]
+    library.minift_quantize.argtypes = [pointer, whole, long, long, *[pointer] * 4, whole, whole]
+    library.minift_matmul.argtypes = [weight, pointer, whole, long, pointer, whole, whole]
+    library.minift_adamw.argtypes = [ctypes.POINTER(_AdamW), pointer, pointer, long, long, *[whole] * 3]
+    for name in ("dequantize", "quantize", "matmul", "adamw"):
+        getattr(library, f"minift_{name}").restype = None
+    return library
+
+
+def _load():
+    """(library or None, level it runs at, one sentence about that)."""
+    files = sorted((Path(__file__).parent / "cpu").glob("_kernels*.so"))
+    if not files:
+        return None, 0, "not built: install minift where a C compiler is (gcc 9 or later)"
+    try:
+        library = open_library(files[-1])
+    except OSError as error:
+        return None, 0, f"{files[-1].name} does not load: {error}"
+    able = library.minift_level()
+    asked = os.environ.get("MINIFT_CPU")
+    if asked is None:
+        return library, able, f"{LEVELS[able]}, the best that this processor has of {', '.join(LEVELS)}"
+    if asked not in LEVELS or LEVELS.index(asked) > able:
+        raise ValueError(
+            f"MINIFT_CPU is {asked!r}; this processor runs {', '.join(LEVELS[: able + 1])}: name one of them"
+        )
+    return library, LEVELS.index(asked), f"{asked}, named by MINIFT_CPU"
+
+
+LIBRARY, LEVEL, WHY = _load()
+
+
+def _weight(weight: Packed) -> _Weight:
+    """The struct; the tensors must live as long as the call."""
+    rows, columns = weight.shape if len(weight.shape) == 2 else (1, 0)
+    kind = TABLE4 if weight.bits == 4 else LINEAR8 if weight.codebook is None else TABLE8
+    nested = weight.nested
+    return _Weight(
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        None if weight.codebook is None else weight.codebook.data_ptr(),
+        weight.nested_absmax.data_ptr() if nested else None,
+        weight.offset.data_ptr() if nested else None,
+        weight.nested_codebook.data_ptr() if nested else None,
+        rows,
+        columns,
+        weight.block_size.bit_length() - 1,
+        kind,
+    )
+
+
+def dequantize(weight: Packed, out: torch.Tensor, first: int, stride: int) -> torch.Tensor:
+    rows, columns = out.shape if stride else (1, out.numel())
+    LIBRARY.minift_dequantize(
+        _weight(weight),
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        first,
+        stride,
+        rows,
+        columns,
+        LEVEL,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def quantize(w, block_size, midpoints, order, packed, absmax) -> None:
+    """`midpoints` (16,) fp32, ascending, the last infinite, and `order` (16,) int32; None for int8."""
+    LIBRARY.minift_quantize(
+        w.data_ptr(),
+        DTYPES[w.dtype],
+        w.numel(),
+        block_size,
+        None if midpoints is None else midpoints.data_ptr(),
+        None if order is None else order.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        LEVEL,
+        torch.get_num_threads(),
+    )
+
+
+def matmul(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+    """x (M, K) -> x W^T (M, N), in fp32."""
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    LIBRARY.minift_matmul(
+        _weight(weight),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.shape[0],
+        y.data_ptr(),
+        LEVEL,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def adamw(tensors, owner, blocks_each, dtype, maps, numbers) -> None:
+    """`tensors` (tensors, 8) and `owner` (programs,) int64 as adamw_8bit.py lays them out for its kernel.
+
+    numbers: beta1, 1 - beta1, beta2, 1 - beta2, keep, step_size, root, eps.
+    """
+    zeros = [int((map.values == 0).nonzero()) for map in maps]
+    (m_map, m_cells), (v_map, v_cells) = maps
+    pointers = (x.data_ptr() for x in (m_map, v_map, m_cells, v_cells))
+    LIBRARY.minift_adamw(
+        _AdamW(*pointers, *numbers, *zeros),
+        tensors.data_ptr(),
+        owner.data_ptr(),
+        owner.numel(),
+        blocks_each,
+        DTYPES[dtype],
+        LEVEL,
+        torch.get_num_threads(),
+    )
