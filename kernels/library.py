@@ -12,7 +12,7 @@ import torch
 
 from minift.kernels.packed import Packed
 
-LEVELS = ("plain", "avx2", "avx512", "amx")  # in the order of kernels.c
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of kernels.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TABLE4, LINEAR8, TABLE8 = range(3)
 

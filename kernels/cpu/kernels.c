@@ -15,6 +15,9 @@
 #include <unistd.h>
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+#define LANES(n) __attribute__((vector_size(n)))
+#define ANYWHERE __attribute__((aligned(1), may_alias)) /* in memory */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -70,9 +73,14 @@ typedef struct {
 #pragma GCC pop_options
 
 #if __GNUC__ >= 11
-#define HAS_AMX
+#define HAS_BF16
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#include "bf16.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,amx-tile,amx-bf16")
 #include "amx.h"
 #pragma GCC pop_options
 #endif
@@ -83,8 +91,8 @@ int minift_level(void) {
 #if defined(__x86_64__)
     int avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512dq");
-#ifdef HAS_AMX
-    if (avx512 && amx_allowed()) return 3;
+#ifdef HAS_BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return amx_allowed() ? 4 : 3;
 #endif
     if (avx512) return 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
@@ -112,9 +120,10 @@ void minift_quantize(const void *w, int dtype, long n, long block_size, const fl
 }
 
 void minift_matmul(const weight *w, const void *x, int dtype, long M, float *y, int level, int threads) {
-#ifdef HAS_AMX
-    if (level == 3 && dtype == BF16 && 1 < M && M <= 16 && w->log_block >= 6) {
-        matmul_amx(w, x, M, y, threads);
+#ifdef HAS_BF16
+    if (level >= 3 && dtype == BF16 && w->log_block >= 6) {
+        if (level == 4 && 1 < M && M <= 16) matmul_amx(w, x, M, y, threads);
+        else matmul_bf16(w, x, M, y, threads);
         return;
     }
 #endif

@@ -9,9 +9,6 @@
 #undef vf_any
 #undef vi_any
 #undef table
-#undef LANES
-#undef ANYWHERE
-#undef INLINE
 #undef FIRST_OF_PAIRS
 #undef SECOND_OF_PAIRS
 #undef LOW_PAIRS

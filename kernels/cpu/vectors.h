@@ -11,9 +11,6 @@
 #define vf_any NAME(vf_any)
 #define vi_any NAME(vi_any)
 #define table NAME(table)
-#define LANES(n) __attribute__((vector_size(n)))
-#define ANYWHERE __attribute__((aligned(1), may_alias)) /* in memory */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float vf LANES(4 * W);
 typedef int vi LANES(4 * W);

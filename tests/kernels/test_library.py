@@ -148,12 +148,13 @@ def test_a_block_with_a_number_that_is_not_finite_has_such_an_absmax(level, bad)
 def check_matmul(weight, x):
     """|y - y64| <= gamma(K + 4) |x| |W|^T: every term is rounded as a product, with absmax, and in sums.
 
-    The operands of y64 are exact, except on AMX, which multiplies x with the table rounded to bf16.
+    The operands of y64 are exact, except where the processor's products of bf16 are used: they multiply x
+    with the table rounded to bf16.
     """
     (N, K), M = weight.shape, x.shape[0]
     exact = weight
-    amx = library.LEVEL == 3 and x.dtype == torch.bfloat16 and 1 < M <= 16 and weight.block_size >= 64
-    if amx and weight.bits == 4:
+    bf16 = library.LEVEL >= 3 and x.dtype == torch.bfloat16 and weight.block_size >= 64
+    if bf16 and weight.bits == 4:
         exact = weight._replace(codebook=weight.codebook.bfloat16().float())
     codes = weight.packed if weight.bits == 8 else torch.stack((weight.packed >> 4, weight.packed & 15), 1)
     values = (
@@ -219,8 +220,10 @@ MUTANTS = [
     ("weights.h", "(kind == INTEGER8 ? 127 : 1)", "(kind == INTEGER8 ? 128 : 1)"),
     ("vectors.h", "+ 0x7fff + ((bits >> 16) & 1)", "+ 0x8000"),
     ("vectors.h", "code * INVERSE_LOW", "0 * code"),
-    ("amx.h", "pairs + 8 * (k + 32)", "pairs + 8 * k"),
-    ("amx.h", "splat_avx512(scale[r * blocks + b])", "splat_avx512(scale[b])"),
+    ("bf16.h", "entries[i % 16]", "entries[i / 2]"),
+    ("bf16.h", "_mm512_srai_epi16(words, 8)", "_mm512_srli_epi16(words, 8)"),
+    ("amx.h", "_tile_loadd(4, pairs + 8 * k + 256, 64)", "_tile_loadd(4, pairs + 8 * k, 64)"),
+    ("amx.h", "splat_avx512(scale[r * blocks + block])", "splat_avx512(scale[block])"),
 ]
 
 
@@ -233,8 +236,8 @@ def build(folder: Path, *flags) -> Path:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="mutants are compiled with gcc")
 @pytest.mark.parametrize("file, old, new", MUTANTS, ids=range(len(MUTANTS)))
 def test_mutants_die(file, old, new, tmp_path, monkeypatch):
-    if file == "amx.h" and len(LEVELS) < 4:
-        pytest.skip("this processor has no AMX")
+    if file in ("bf16.h", "amx.h") and len(LEVELS) < 5:
+        pytest.skip("this processor has no AVX-512 BF16 or no AMX")
     shutil.copytree(SOURCES, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
     source = (tmp_path / file).read_text(encoding="utf-8")
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {file}"
