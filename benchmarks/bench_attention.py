@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import alternate, gate, quantiles, report
+from benchmarks.harness import alternate, gate, quantiles
 from minift.kernels.attention import attention, attention_ref
 
 
@@ -21,7 +21,7 @@ def fused(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def run(quick: bool) -> None:
+def run(quick: bool) -> tuple[list[dict], dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sides, rows = {"minift": attention, "torch fused": fused, "plain formula": attention_ref}, []
     for T in (128, 256) if quick else (128, 256, 512, 1024):
@@ -60,4 +60,4 @@ def run(quick: bool) -> None:
                     "speed against torch": quantiles(times["torch fused"])["median"] / t["median"],
                 }
             )
-    report("attention", rows, {}, write=not quick)
+    return rows, {}

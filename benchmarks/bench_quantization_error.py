@@ -5,14 +5,14 @@ this is a second quantization. Perplexity: the first 8,192 tokens of the Python 
 with Python, windows of 512, bf16. Gate: no layer's largest error is above its proven bound.
 """
 
-from benchmarks.harness import gate, report
+from benchmarks.harness import gate
 from minift.load import load_model, load_tokenizer
 from minift.metrics.language_model import perplexity
 from minift.quant import FORMATS, quantize_model
 from minift.reports.quantization import TOKENS, read_text, text_nats
 
 
-def run(quick: bool) -> None:
+def run(quick: bool) -> tuple[list[dict], dict]:
     tokenizer, text = load_tokenizer("smollm2"), read_text()
     tokens = 512 if quick else TOKENS
     recipes = [(f, b, d) for f in FORMATS for b in (64, 128) for d in (False, True)]
@@ -28,4 +28,4 @@ def run(quick: bool) -> None:
         loss = perplexity(*text_nats(model, tokenizer, text, tokens))
         first = rows[0]["perplexity"] if rows else loss
         rows.append({**row, "perplexity": round(loss, 2), "times dense": loss / first})
-    report("quantization_error", rows, {"tokens": tokens}, write=not quick)
+    return rows, {"tokens": tokens}

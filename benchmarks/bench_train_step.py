@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import gate, quantiles, report
+from benchmarks.harness import gate, quantiles
 
 B, T, STEPS = 4, 128, 20
 LEARNING_RATE = 2e-4
@@ -152,7 +152,7 @@ def measure(folder: str, labels: str, rounds: int) -> dict:
     return {"records": records, "supervised": supervised}
 
 
-def run(quick: bool) -> None:
+def run(quick: bool) -> tuple[list[dict], dict]:
     import minift
 
     rows, details = [], {"losses": {}}
@@ -191,7 +191,7 @@ def run(quick: bool) -> None:
                     }
                 )
             details["losses"][labels] = {**losses, "largest relative difference": worst}
-    report("train_step", rows, details, write=not quick)
+    return rows, details
 
 
 if __name__ == "__main__":

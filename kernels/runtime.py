@@ -5,6 +5,10 @@
     with runtime.using("torch"):
         y = matmul_4bit(x, weight)
 
+So is a path: products with a quantized matrix are "fused" or go through "slabs" (kernels/slabs.py), by rules
+that `using(path=...)` overrides. What runs is the same in every run, launch configurations too, unless
+`using(deterministic=False)` lets launchers time a few and keep the fastest.
+
 Triton kernels run on CPU tensors in Triton's interpreter, in a process started with TRITON_INTERPRET=1. It
 computes bf16 wrongly and has no inline assembly: kernels take the dtype of their products and the way they
 decode as arguments, `dot_dtype(x)` and `DECODE`, and run one configuration.
@@ -28,27 +32,40 @@ except ImportError:  # not on Linux
             return kernel
 
     class tl:
-        constexpr = dtype = None
+        dtype = None
+
+        @staticmethod
+        def constexpr(value):
+            return value
 
 
 BACKENDS = ("auto", "triton", "c", "torch")
+PATHS = ("fused", "slabs")
 INTERPRETED = triton.__version__ is not None and os.environ.get("TRITON_INTERPRET") == "1"
-DECODE = "gather" if INTERPRETED else "prmt"
+DECODE = "gather" if INTERPRETED or torch.version.hip else "prmt"
 
-_state = {"backend": os.environ.get("MINIFT_BACKEND", "auto")}
+_state = {"backend": os.environ.get("MINIFT_BACKEND", "auto"), "path": None, "deterministic": True}
 
 
 @contextmanager
-def using(backend: str):
-    """Within the block, ops run on this backend, or raise where they do not have it."""
-    if backend not in BACKENDS:
+def using(backend: str | None = None, path: str | None = None, deterministic: bool | None = None):
+    """Within the block, ops run so, or raise where they cannot; None leaves a choice as it is."""
+    if backend not in (None, *BACKENDS):
         raise ValueError(f"backend {backend!r} is not known; known backends: {', '.join(BACKENDS)}")
-    before = _state["backend"]
-    _state["backend"] = backend
+    if path not in (None, *PATHS):
+        raise ValueError(f"path {path!r} is not known; known paths: {', '.join(PATHS)}")
+    before = dict(_state)
+    asked = {"backend": backend, "path": path, "deterministic": deterministic}
+    _state.update({name: value for name, value in asked.items() if value is not None})
     try:
         yield
     finally:
-        _state["backend"] = before
+        _state.update(before)
+
+
+def setting(name: str):
+    """The backend, the path (None: as the rules say) or the determinism that `using` asked for."""
+    return _state[name]
 
 
 def missing(backend: str, device: torch.device, has: tuple[str, ...]) -> str | None:

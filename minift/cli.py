@@ -15,6 +15,7 @@ USAGE = """minift VERB ...
   quantize MODEL [--format nf4] [--report [DIR]] [--output DIR]      error of each layer; a 4-bit checkpoint
   merge MODEL --adapter DIR --output DIR [--quantize nf4] [--mode M]  fold an adapter in, with its error
   generate MODEL [--adapter DIR] TEXT    continue a text, or answer it with --chat
+  env                                    versions, devices, which kernels run here and why
 
 settings are the config's own paths: --method lora --method.r 16 --train.epochs 2
 MINIFT_TRACEBACK=1 shows where an error came from"""
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "quantize": quantize,
         "merge": merge,
         "generate": generate,
+        "env": env,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -86,6 +88,13 @@ def fetch(argv):
     from minift.fetch import fetch as get
 
     get(parser.parse_args(argv).name)
+
+
+def env(argv):
+    _Parser("minift env").parse_args(argv)
+    from minift.reports.environment import run
+
+    run()
 
 
 def _run_config(verb, argv):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "metrics": set(),
     "data": set(),
-    "reports": {"methods", "models", "data", "metrics", "quant", "load"},
+    "reports": {"methods", "models", "data", "metrics", "quant", "load", "fetch", "kernels"},
     "optim": {"kernels"},
     "models": {"kernels"},
     "quant": {"models", "kernels"},

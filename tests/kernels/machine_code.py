@@ -2,9 +2,11 @@
 
 `Build` says how a kernel is launched and what its code must keep; `inspect_build` compiles it for one chip
 and counts. Instructions per element are those of the largest loop (or of the whole kernel where it has none),
-divided by the elements that a thread handles there. Tools: cuobjdump from Triton's wheel.
+divided by the elements that a thread handles there: a static count, in which a branch that is never taken
+weighs as much as the others. Tools: cuobjdump, from Triton's wheel.
 """
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -16,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+KERNELS = Path(__file__).parent.parent.parent / "kernels"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have; CUDA C++ Programming Guide
+AMD = GPUTarget("hip", "gfx942", 64)
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
 
@@ -35,15 +39,28 @@ class Build:
     aligned: tuple[str, ...] = ()  # pointers and sizes divisible by 16
     elements: float | None = None  # that one thread handles in one turn of the largest loop
     budget: float | None = None  # instructions per element on sm_90
-    promises: tuple[str, ...] = field(default=())  # opcodes on sm_90, as "LDG.E.128"; "tensor" on every chip
+    promises: tuple[str, ...] = ()  # opcodes on sm_90, as "LDG.E.128"; "tensor" on every chip
+    options: dict = field(default_factory=dict)  # of the launch, besides warps and stages
+
+
+def ops() -> list[str]:
+    """The ops that have a Triton kernel."""
+    return sorted(p.stem for p in KERNELS.glob("*.py") if "_kernel(" in p.read_text(encoding="utf-8"))
+
+
+def builds(ops: list[str]) -> list[tuple[str, Build]]:
+    """(op, build) of the lists `BUILDS` in the ops' test files."""
+    return [(op, b) for op in ops for b in getattr(importlib.import_module(f"test_{op}"), "BUILDS", [])]
 
 
 def compile_build(build: Build, target: GPUTarget):
-    names = build.kernel.arg_names
-    signature = {n: "constexpr" if n in build.constants else build.signature[n] for n in names}
+    names, constants = build.kernel.arg_names, dict(build.constants)
+    if target.backend != "cuda" and "DECODE" in constants:
+        constants["DECODE"] = "gather"  # "prmt" is NVIDIA's assembly
+    signature = {n: "constexpr" if n in constants else build.signature[n] for n in names}
     divisible = {(names.index(n),): [["tt.divisibility", 16]] for n in build.aligned}
-    source = ASTSource(build.kernel, signature, dict(build.constants), divisible)
-    options = {"num_warps": build.warps, "num_stages": build.stages}
+    source = ASTSource(build.kernel, signature, constants, divisible)
+    options = {"num_warps": build.warps, "num_stages": build.stages, **build.options}
     return triton.compile(source, target=target, options=options)
 
 
@@ -66,6 +83,29 @@ def inspect_build(build: Build, chip: int) -> dict:
     }
 
 
+def keeps(promise: str, opcodes) -> bool:
+    """Whether the code has the promised opcode, perhaps with further modifiers: LDG.E.EF.128 is LDG.E.128."""
+    if promise == "tensor":
+        return any(opcode.split(".")[0] in TENSOR_CORE for opcode in opcodes)
+    name, *modifiers = promise.split(".")
+    return any(o.split(".")[0] == name and set(modifiers) <= set(o.split(".")) for o in opcodes)
+
+
+def figures(op: str, build: Build, chip: int, found: dict) -> dict:
+    """One row of the committed table, from what `inspect_build` found."""
+    per_element = found["per element"]
+    return {
+        "op": op,
+        "build": build.name,
+        "chip": f"sm_{chip}",
+        "registers": found["registers"],
+        "spilled bytes": found["spills"],
+        "shared bytes": found["shared"],
+        "instructions per element": "-" if per_element is None else round(per_element, 2),
+        "budget": build.budget if chip == 90 and build.budget else "-",
+    }
+
+
 def _run(flag: str, cubin: Path) -> str:
     done = subprocess.run([TOOLS / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
@@ -81,13 +121,15 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def largest_loop(code) -> list[str]:
-    """Opcodes between a backward branch and its target, of the longest such stretch; all, without one."""
-    loops = [[opcode for _, opcode, _ in code]]
-    best = 0
+    """Opcodes between a backward branch and its target, of the longest such stretch; all, without one.
+
+    What stands after the last EXIT is out of line (retries of a wait): its branches back are no loops.
+    """
+    last = max((address for address, opcode, _ in code if opcode == "EXIT"), default=0)
+    longest = []
     for address, opcode, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-        if target and int(target[1], 16) < address:
+        if target and int(target[1], 16) < address <= last:
             body = [o for a, o, _ in code if int(target[1], 16) <= a <= address]
-            if len(body) > max(best, 4):
-                best, loops[0] = len(body), body
-    return loops[0]
+            longest = max(longest, body, key=len)
+    return longest if len(longest) > 4 else [opcode for _, opcode, _ in code]
