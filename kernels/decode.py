@@ -257,7 +257,8 @@ def launch(kernel, configs: list[Config], x: torch.Tensor, weight: Packed, trans
     def run(config: Config) -> torch.Tensor:
         return launch_config(kernel, config, x, weight, transposed, **more)
 
-    return run(choose_config(kernel, configs, x, weight, transposed, run))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return run(choose_config(kernel, configs, x, weight, transposed, run))
 
 
 def launch_config(kernel, config: Config, x, weight: Packed, transposed: bool, **more) -> torch.Tensor:

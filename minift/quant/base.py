@@ -16,11 +16,12 @@ from math import prod
 
 import torch
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256  # of the second quantization, as in bitsandbytes
-CHUNK = 2**18  # elements quantized at a time
-CELLS = 4096  # of [-1, 1]; FP4's nearest midpoints are 0.0026 apart, 5 cells
-TINY = torch.finfo(torch.float32).tiny
+from minift.kernels.dequantize_4bit import BLOCK_SIZES, dequantize_4bit
+from minift.kernels.dequantize_int8 import dequantize_int8
+from minift.kernels.packed import NESTED_BLOCK, Packed
+from minift.kernels.quantize_4bit import quantize_4bit
+
+CHUNK = 2**18  # elements in flight where a format is computed in torch
 
 
 class NotFinite(ValueError):
@@ -29,7 +30,10 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """A table of numbers. A new 4-bit format is a name and 16 of them; 8-bit ones have their own `encode`."""
+    """A table of numbers. A new 4-bit format is a name and 16 of them; 8-bit ones have their own `encode`.
+
+    The work is done by the ops of minift.kernels, which take the table as an argument.
+    """
 
     name: str
     bits: int  # 4 or 8
@@ -43,81 +47,23 @@ class Format:
                 "numbers for 4 bits or 256 for 8, and zero is one of them"
             )
 
-    def encode(self, blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
-        """Codes (uint8) of fp32 blocks (b, size): the nearest value; on a midpoint, the lower one.
-
-        A midpoint is the fp32 mean of two neighbours. A cell of [-1, 1] holds at most one of them, so a
-        look-up and one comparison count the midpoints below a number exactly.
-        """
-        scaled = self.scale(blocks, absmax, short).view(-1)
-        below, midpoint, order = self.cells(scaled.device)
-        cell = _cell(scaled)
-        index = below.index_select(0, cell)
-        index += (scaled > midpoint.index_select(0, cell)).view(torch.uint8)
-        if order is not None:
-            index = order.index_select(0, index.int())
-        return index.view(blocks.shape)
-
-    @cache  # noqa: B019 (formats live as long as the process)
-    def cells(self, device):
-        """Cell -> midpoints in lower cells (uint8); -> the midpoint in it, or infinity (fp32).
-
-        And, for a table that is not sorted, how many values are smaller -> code (uint8).
-        """
-        values, order = self.values("cpu").sort(stable=True)
-        midpoints = (values[:-1] + values[1:]) / 2
-        cell = _cell(midpoints)
-        if (cell.diff() < 1).any():
-            raise ValueError(
-                f"format {self.name}: two midpoints lie in one of {CELLS} equal cells of [-1, 1]; such a "
-                "format needs an encode of its own"
-            )
-        midpoint = torch.full((CELLS + 1,), float("inf"), dtype=torch.float32, device="cpu")
-        midpoint[cell.long()] = midpoints
-        below = torch.zeros(CELLS + 2, dtype=torch.uint8, device="cpu")
-        below[cell.long() + 1] = 1
-        below = below.cumsum(0)[:-1].to(device, torch.uint8)
-        is_sorted = bool((order.diff() > 0).all())
-        return below, midpoint.to(device), None if is_sorted else order.to(device, torch.uint8)
-
-    @staticmethod
-    def scale(blocks: torch.Tensor, absmax: torch.Tensor, short: bool) -> torch.Tensor:
-        """w / absmax, zero in blocks of zeros.
-
-        As bitsandbytes on CPUs: whole blocks are multiplied by 1/absmax, a short one is divided.
-        """
-        divisor = absmax.masked_fill(absmax == 0, float("inf"))[:, None]
-        return blocks / divisor if short else blocks * (1 / divisor)
-
     def quantize(self, flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """flat (n,), any floating dtype -> packed (ceil(n bits / 8),) uint8, absmax (blocks,) fp32."""
-        n = flat.numel()
-        packed = torch.empty(-(-n * self.bits // 8), dtype=torch.uint8, device=flat.device)
-        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-        whole = n // block_size * block_size
-        step = max(1, CHUNK // block_size) * block_size
-        parts = [(start, min(whole, start + step)) for start in range(0, whole, step)]
-        for start, stop in [*parts, (whole, n)] if whole < n else parts:
-            short = stop - start < block_size
-            blocks = flat[start:stop].float().view(-1, stop - start if short else block_size)
-            largest = blocks.abs().amax(dim=1)
-            if not torch.isfinite(largest).all():
-                raise NotFinite
-            largest.masked_fill_(largest < TINY, 0)
-            absmax[start // block_size : -(-stop // block_size)] = largest
-            codes = self.encode(blocks, largest, short).view(-1)
-            packed[start * self.bits // 8 : -(-stop * self.bits // 8)] = self.pack(codes)
+        """flat (n,), fp32, bf16 or fp16 -> packed (ceil(n bits / 8),) uint8, absmax (blocks,) fp32.
+
+        The nearest value of the table; on a midpoint, the fp32 mean of two neighbours, the lower one.
+        """
+        packed, absmax = self.encode(flat, block_size)
+        if not torch.isfinite(absmax).all():
+            raise NotFinite
         return packed, absmax
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (n,) uint8 -> bytes."""
-        if self.bits == 8:
-            return codes
-        if codes.numel() % 2:
-            zero = self.codebook.index(0.0)
-            codes = torch.cat((codes, codes.new_tensor([zero])))
-        pairs = codes.view(-1, 2)
-        return torch.add(pairs[:, 1], pairs[:, 0], alpha=16)
+    def encode(self, flat, block_size):
+        """`quantize`, with an infinite or NaN absmax where a block holds such a number."""
+        return quantize_4bit(flat, self.values(flat.device), block_size)
+
+    def dequantize(self, packed: Packed, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Elements `first` (of a block) and on of the flattened weight into out, any floating dtype."""
+        return (dequantize_4bit if self.bits == 4 else dequantize_int8)(packed, out, first)
 
     @property
     def bound(self) -> float:
@@ -133,18 +79,6 @@ class Format:
     def values(self, device) -> torch.Tensor:
         """The codebook as fp32."""
         return torch.tensor(self.codebook, dtype=torch.float32, device=device)
-
-    @cache  # noqa: B019
-    def lookup(self, device) -> torch.Tensor:
-        """Byte -> the values that it holds, (256, 8 / bits) fp32."""
-        byte = torch.arange(256, device=device)
-        codes = torch.stack((byte >> 4, byte & 15), dim=1) if self.bits == 4 else byte[:, None]
-        return self.values(device)[codes].contiguous()
-
-
-def _cell(scaled: torch.Tensor) -> torch.Tensor:
-    """Number in [-1, 1] -> 0 to CELLS, int32. Each step is monotone, so cells are intervals."""
-    return ((scaled + 1) * (CELLS / 2)).clamp_(0, CELLS).int()
 
 
 @dataclass(frozen=True)
@@ -183,5 +117,5 @@ class Layout:
         packed = -(-self.n * self.format.bits // 8)
         if not self.double_quant:
             return {"packed": packed, "absmax": 4 * self.blocks}
-        groups = -(-self.blocks // NESTED_BLOCK_SIZE)
+        groups = -(-self.blocks // NESTED_BLOCK)
         return {"packed": packed, "absmax": self.blocks, "nested_absmax": 4 * groups, "offset": 4}

@@ -9,8 +9,8 @@ the codes of all others. Source: Dettmers et al. 2023, arXiv:2305.14314, section
 
 import torch
 
-from minift.quant.base import NESTED_BLOCK_SIZE
-from minift.quant.blocks import decode_flat
+from minift.kernels.dequantize_int8 import dequantize_int8
+from minift.kernels.packed import NESTED_BLOCK, Packed
 from minift.quant.int8 import INT8_DYNAMIC
 
 
@@ -19,8 +19,8 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     offset = absmax.mean()
     if not torch.isfinite(offset):
         raise ValueError("the mean of absmax overflows fp32; use double_quant=False for weights this large")
-    codes, nested_absmax = INT8_DYNAMIC.quantize(absmax - offset, NESTED_BLOCK_SIZE)
-    equal = (nested_absmax == 0).repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    codes, nested_absmax = INT8_DYNAMIC.quantize(absmax - offset, NESTED_BLOCK)
+    equal = (nested_absmax == 0).repeat_interleave(NESTED_BLOCK)[: codes.numel()]
     codes[equal] = 0  # what bitsandbytes stores for a group of equal scales; any code is right there
     return codes, nested_absmax, offset.view(1)
 
@@ -28,4 +28,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dequantize_absmax(codes, nested_absmax, offset) -> torch.Tensor:
     """The inverse, (blocks,) fp32."""
     absmax = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    return decode_flat(codes, nested_absmax, INT8_DYNAMIC, NESTED_BLOCK_SIZE, absmax).add_(offset)
+    table = INT8_DYNAMIC.values(codes.device)
+    return dequantize_int8(Packed(codes, nested_absmax, table, codes.shape, NESTED_BLOCK), absmax).add_(
+        offset
+    )

@@ -11,16 +11,19 @@ the code of zero (bitsandbytes: code 0, which double quantization turns into num
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
-from minift.quant.base import Format
+from minift.kernels.quantize_4bit import TINY
+from minift.kernels.quantize_int8 import quantize_int8
+from minift.quant.base import CHUNK, Format
 from minift.quant.codebook import INT8, dynamic_map
 
 STEPS = 65535
 
 
 class Int8(Format):
-    def encode(self, blocks, absmax, short):
-        return (self.scale(blocks, absmax, short) * 127).round().to(torch.int8).view(torch.uint8)
+    def encode(self, flat, block_size):
+        return quantize_int8(flat, block_size)
 
     @property
     def bound(self) -> float:
@@ -28,11 +31,22 @@ class Int8(Format):
 
 
 class DynamicInt8(Format):
-    def encode(self, blocks, absmax, short):
-        scaled = self.scale(blocks, absmax, short=False).clamp(-1, 1)
-        step = ((scaled + 1) * 0.5 * STEPS + 0.5).int()
-        codes = self.nearest_of_steps(blocks.device).index_select(0, step.view(-1)).view(blocks.shape)
-        return codes.masked_fill_((absmax == 0)[:, None], self.codebook.index(0.0))
+    def encode(self, flat, block_size):
+        packed = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+        absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
+        nearest = self.nearest_of_steps(flat.device)
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            blocks = F.pad(part.float(), (0, -part.numel() % block_size)).view(-1, block_size)
+            largest = blocks.abs().amax(dim=1)
+            largest.masked_fill_(largest < TINY, 0)
+            scaled = blocks * (1 / largest.masked_fill(largest == 0, float("inf")))[:, None]
+            step = ((scaled.clamp_(-1, 1) + 1) * 0.5 * STEPS + 0.5).int().clamp_(0, STEPS)  # of NaN as well
+            codes = nearest.index_select(0, step.view(-1)).view(blocks.shape)
+            codes.masked_fill_((largest == 0)[:, None], self.codebook.index(0.0))
+            packed[start : start + CHUNK] = codes.view(-1)[: part.numel()]
+            absmax[start // block_size : start // block_size + len(largest)] = largest
+        return packed, absmax
 
     @cache  # noqa: B019
     def nearest_of_steps(self, device) -> torch.Tensor:

@@ -1,79 +1,16 @@
 """QuantizedLinear: y = x W^T + bias with W quantized, one class for every format.
 
-Forward and backward dequantize a slab of W (SLAB elements) into one buffer and multiply by it: rows of W for
-y = x W^T, columns for dx = dy W, so that no product is split along its sum and the numbers are those of a
-dense layer with the dequantized weight. Columns are whole blocks only where in_features % block_size == 0;
-otherwise the backward dequantizes W whole, once.
+The products are `matmul_4bit` and `matmul_int8` of minift.kernels, which keep the packed tensors alone for
+the backward and give dx; what they promise about the numbers is there.
 """
-
-from math import gcd
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from minift.kernels.matmul_4bit import matmul_4bit
+from minift.kernels.matmul_int8 import matmul_int8
 from minift.quant.base import Layout
-from minift.quant.blocks import decode, decode_flat
 from minift.quant.weight import QuantizedWeight, quantize_weight
-
-SLAB = 2**22  # elements of W that exist dequantized at a time
-
-
-def matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """x (M, K) times W^T, W (N, K) rounded to x's dtype -> (M, N)."""
-    (N, K), layout = weight.shape, weight.layout
-    size, bits = layout.block_size, layout.format.bits
-    unit = size // gcd(K, size)  # rows that are whole blocks together
-    step = min(N, max(unit, SLAB // K // unit * unit))
-    scales = weight.scales()
-    y = x.new_empty(x.shape[0], N)
-    buffer = x.new_empty(step * K)
-    for start in range(0, N, step):
-        stop = min(N, start + step)
-        a, b = start * K, stop * K
-        packed = weight.packed[a * bits // 8 : -(-b * bits // 8)]
-        slab = decode_flat(packed, scales[a // size : -(-b // size)], layout.format, size, buffer[: b - a])
-        torch.mm(x, slab.view(-1, K).t(), out=y[:, start:stop])
-    return y
-
-
-def matmul_backward(dy: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """dy (M, N) times W, W (N, K) rounded to dy's dtype -> dx (M, K)."""
-    (N, K), layout = weight.shape, weight.layout
-    size, bits = layout.block_size, layout.format.bits
-    if K % size:
-        return dy @ weight.dequantize(dy.dtype)
-    step = min(K, max(size, SLAB // N // size * size))
-    packed, scales = weight.packed.view(N, -1), weight.scales().view(N, -1)
-    lookup = layout.format.lookup(dy.device)
-    dx = dy.new_empty(dy.shape[0], K)
-    buffer = dy.new_empty(N * step)
-    for start in range(0, K, step):
-        stop = min(K, start + step)
-        codes = packed[:, start * bits // 8 : stop * bits // 8]
-        slab = buffer[: N * (stop - start)].view(N, -1)
-        decode(codes, scales[:, start // size : stop // size], lookup, slab)
-        torch.mm(dy, slab, out=dx[:, start:stop])
-    return dx
-
-
-class QuantizedMatmul(torch.autograd.Function):
-    """x (..., K) -> (..., N). Keeps the packed tensors for the backward, which gives dx alone."""
-
-    @staticmethod
-    def forward(ctx, x, layout, *tensors):
-        ctx.layout = layout
-        ctx.save_for_backward(*tensors)
-        weight = QuantizedWeight(layout, dict(zip(layout.sizes(), tensors, strict=True)), x.dtype)
-        return matmul(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], layout.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        layout = ctx.layout
-        weight = QuantizedWeight(layout, dict(zip(layout.sizes(), ctx.saved_tensors, strict=True)), dy.dtype)
-        dx = matmul_backward(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], layout.shape[1])
-        return dx, None, *[None] * len(ctx.saved_tensors)
 
 
 class QuantizedLinear(nn.Module):
@@ -107,8 +44,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the layer takes {self.in_features} features; x has shape {tuple(x.shape)}")
-        tensors = [getattr(self, name) for name in self.layout.sizes()]
-        y = QuantizedMatmul.apply(x.to(self.compute_dtype), self.layout, *tensors)
+        rows = x.to(self.compute_dtype).reshape(-1, self.in_features)
+        matmul = matmul_4bit if self.layout.format.bits == 4 else matmul_int8
+        y = matmul(rows.contiguous(), self.quantized().as_packed()).view(*x.shape[:-1], self.out_features)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)

@@ -8,7 +8,6 @@ from torch import nn
 from minift.models.interface import LanguageModel, base_layers, replace_layer
 from minift.models.targets import ALL_LINEAR, match
 from minift.quant.base import CHUNK, Layout
-from minift.quant.blocks import decode_flat
 from minift.quant.linear import QuantizedLinear
 from minift.quant.weight import QuantizedWeight, find_format, not_finite, quantize_weight
 
@@ -170,14 +169,14 @@ def weight_error(w: torch.Tensor, quantized: QuantizedWeight) -> tuple[float, fl
     Bound in a block: format.bound * absmax + |absmax - its stored value|, and the rounding of three products.
     """
     layout, flat = quantized.layout, w.detach().reshape(-1)
-    size, bits, scales = layout.block_size, layout.format.bits, quantized.scales()
+    size, packed, scales = layout.block_size, quantized.as_packed(), quantized.scales()
     squared_error = squared = worst = 0.0
     step = CHUNK // size * size
     for a in range(0, layout.n, step):
         b = min(layout.n, a + step)
         used = scales[a // size : -(-b // size)]
         q = torch.empty(b - a, dtype=torch.float32, device=w.device)
-        decode_flat(quantized.packed[a * bits // 8 : -(-b * bits // 8)], used, layout.format, size, q)
+        layout.format.dequantize(packed, q, first=a)
         error, original = (flat[a:b].float() - q).abs_(), flat[a:b].float().abs_()
         squared_error += error.double().square().sum().item()
         squared += original.double().square().sum().item()

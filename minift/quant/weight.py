@@ -2,8 +2,8 @@
 
 import torch
 
+from minift.kernels.packed import Packed
 from minift.quant.base import Format, Layout, NotFinite
-from minift.quant.blocks import decode_flat
 from minift.quant.codebook import FP4, NF4
 from minift.quant.double_quant import dequantize_absmax, quantize_absmax
 from minift.quant.int8 import INT8_DYNAMIC, INT8_FORMAT
@@ -77,9 +77,15 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """codebook[code] * absmax in fp32, rounded once to `dtype` (default: the original weight's)."""
-        out = torch.empty(self.layout.n, dtype=dtype or self.dtype, device=self.packed.device)
-        decode_flat(self.packed, self.scales(), self.layout.format, self.layout.block_size, out)
-        return out.view(self.shape)
+        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
+        return self.layout.format.dequantize(self.as_packed(), out)
+
+    def as_packed(self) -> Packed:
+        """The same tensors as the ops of minift.kernels take them."""
+        layout, device = self.layout, self.packed.device
+        codebook = None if layout.format is INT8_FORMAT else layout.format.values(device)
+        nested = (self.nested_absmax, self.offset, INT8_DYNAMIC.values(device)) if layout.double_quant else ()
+        return Packed(self.packed, self.absmax, codebook, layout.shape, layout.block_size, *nested)
 
     def __repr__(self):
         scales = "double quantization" if self.layout.double_quant else "fp32 absmax"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from machine_code import AMD, Build, compile_build
+from machine_code import Build, GPUTarget, compile_build
 from mutants import survives
 from quantized import Launches, on_gpu, same_bits
 
@@ -18,6 +18,7 @@ from minift.kernels.quantize_4bit import quantize_4bit, quantize_4bit_ref
 from minift.quant.weight import FORMATS
 
 GUARD = 64
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 FP32, BF16, FP16 = DTYPES
 TABLES = {name: FORMATS[name].values("cpu") for name in ("nf4", "fp4")}
 EDGES = torch.cat([(v[:-1] + v[1:]) / 2 for v in (t.sort().values for t in TABLES.values())])
@@ -148,8 +149,10 @@ def test_any_table_in_any_order(order, close, n, block_size):
     scale = absmax.double().repeat_interleave(block_size)[:n]
     off = (w.double() - values.double()[codes] * scale).abs()
     nearest = (w.double()[:, None] - values.double() * scale[:, None]).abs().amin(1)
-    # w / absmax has two roundings, a midpoint one: 3 * 2^-24 of it on either side; zero blocks below 2^-126
-    assert (off <= nearest + 6 * 2**-24 * scale + 2.0**-126).all()
+    # w / absmax has two roundings and a midpoint one, 3 * 2^-24 on either side; above 2^126 the reciprocal is
+    # subnormal and 2^-150 off, times w < 2^128; blocks below 2^-126 are zeros
+    slack = torch.where(scale > 2.0**126, 2 * 2.0**-22, 0.0) + 6 * 2.0**-24
+    assert (off <= nearest + slack * scale + 2.0**-126).all()
 
 
 @pytest.mark.triton
@@ -219,12 +222,9 @@ BUILDS = [
 
 @pytest.mark.skipif(runtime.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 def test_the_reciprocal_is_correctly_rounded():
-    from machine_code import GPUTarget
-
     ptx = compile_build(BUILDS[0], GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "rcp.rn.f32" in ptx or "div.rn.f32" in ptx
     assert not [word for word in ("rcp.approx", "div.full", "div.approx", ".ftz") if word in ptx]
-    assert compile_build(BUILDS[0], AMD).asm["hsaco"]
 
 
 def test_launches_forbid_fused_multiply_adds(monkeypatch):
@@ -252,12 +252,6 @@ MUTANTS = [
     ("byte * 2 < left", "byte * 2 <= left"),
     ("mask=element < left, other=0", "mask=element < left, other=1"),
 ]
-BOTH = [
-    (
-        "midpoints, order = boundaries(codebook)\n        grid",
-        "order, midpoints = boundaries(codebook)\n        grid",
-    )
-]
 TORCH_MUTANTS = [
     ("rank += (scaled > midpoint", "rank += (scaled >= midpoint"),
     ("alpha=16", "alpha=15"),
@@ -268,14 +262,14 @@ TORCH_MUTANTS = [
     ("rank if in_order else", "rank if True else"),
     ("blocks.abs().amax(dim=1)", "blocks.amax(dim=1)"),
     ('absmax.masked_fill(absmax == 0, float("inf"))', "absmax.masked_fill(absmax == 0, 1.0)"),
-    (".clamp_(0, CELLS)", ".clamp_(0, CELLS - 1)"),
+    ("device=w.device), cells)", "device=w.device), cells, right=True)"),
 ]
 
 
 def check(module, backend):
     """All kinds of blocks; numbers on midpoints in whole blocks and in short ones, scaled in many ways."""
-    weights = [draw(32 * KINDS + 1, 32, FP32), draw(6017, 64, FP32, [10]), *(draw(95, 64, FP32, [9, 7]),)]
-    weights += [draw(n, 64, FP32, [10]) for n in (63, 61, 59, 57)] + [torch.full((33,), 2.0**-126)]
+    weights = [draw(32 * KINDS + 1, 32, FP32), draw(95, 64, FP32, [9, 7]), torch.full((33,), 2.0**-126)]
+    weights += [draw(n, 64, FP32, [10]) for n in (57, 59, 61, 62, 63, 128, 6013)]
     for name in TABLES:
         for w in weights:
             block_size = 32 if len(w) % 32 == 1 else 64
