@@ -16,19 +16,10 @@ import torch
 from benchmarks.harness import backend, gate, gate_equal, peer, timed_row
 from benchmarks.limits import DEVICE
 from benchmarks.weights import nbytes, random
-from minift.kernels.adamw_8bit import BLOCK, Moments, adamw_8bit, adamw_8bit_ref, make_map
-from minift.quant.int8 import INT8_DYNAMIC
+from minift.kernels.adamw_8bit import BLOCK, Moments, adamw_8bit, adamw_8bit_ref
+from minift.optim.adamw_8bit import dynamic_maps
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-
-
-def unsigned_map() -> list[float]:
-    """256 values: decade 10^(i - 6) holds the middles of 2^(i + 1) equal parts of [0.1, 1], i = 0 to 6."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1)
-        values += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    return sorted(values)
 
 
 def tensors(kind: str, quick: bool) -> list[torch.Tensor]:
@@ -82,8 +73,7 @@ def peers(*tensors, quick: bool, left_out: dict) -> dict:
 
 
 def run(quick: bool) -> tuple[list[dict], dict]:
-    rows, left_out = [], {}
-    maps = (make_map(INT8_DYNAMIC.codebook, DEVICE), make_map(unsigned_map(), DEVICE))
+    rows, left_out, maps = [], {}, dynamic_maps(torch.device(DEVICE))
     for kind, dtype in (("adapters", "float32"), ("matrices", "bfloat16")):
         params = tensors(kind, quick)
         grads = [random(*p.shape, dtype=p.dtype, scale=0.01, seed=7) for p in params]

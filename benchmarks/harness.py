@@ -62,7 +62,7 @@ def peer(name: str, left_out: dict[str, str]):
     except ModuleNotFoundError:
         left_out[name] = "not installed"
     except Exception as error:
-        left_out[name] = f"{type(error).__name__}: {error}"
+        left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
 def backend(call: Callable) -> str:

@@ -8,7 +8,6 @@ import torch
 from benchmarks.limits import DEVICE, l2_bytes
 from minift.kernels.packed import Packed
 from minift.quant import quantize_weight
-from minift.quant.int8 import INT8_DYNAMIC
 
 SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))  # N, K; a CPU has the first two
 BLOCK_SIZE = 64
@@ -43,10 +42,7 @@ def random(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -
 
 
 def pack(weight: torch.Tensor, format: str, double_quant: bool) -> Packed:
-    q = quantize_weight(weight, format, BLOCK_SIZE, double_quant)
-    codebook = None if format == "int8" else q.layout.format.values(weight.device)
-    nested = (q.nested_absmax, q.offset, INT8_DYNAMIC.values(weight.device)) if double_quant else ()
-    return Packed(q.packed, q.absmax, codebook, q.shape, BLOCK_SIZE, *nested)
+    return quantize_weight(weight, format, BLOCK_SIZE, double_quant).as_packed()
 
 
 def nbytes(*weights) -> int:

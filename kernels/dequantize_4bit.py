@@ -160,9 +160,9 @@ def dequantize_torch(weight: Packed, table: torch.Tensor, out, first: int, strid
 
 
 def decode_rows(weight, table, out, first, stride):
-    """out[r, c] = element first + r * stride + c, CHUNK elements at a time; a row is blocks of equal size.
+    """out[r, c] = element first + r * stride + c, for as many rows at a time as are CHUNK elements.
 
-    Each byte finds all of its numbers with one look-up, as one fp64 where there are two of them.
+    A row is blocks of equal size. A byte finds its numbers with one look-up, as one fp64 where there are two.
     """
     (R, C), per_byte, size = out.shape, table.shape[1], weight.block_size
     table = table.view(torch.float64 if per_byte == 2 else torch.float32).view(1, 256)
@@ -214,18 +214,18 @@ def check(op: str, weight: Packed, bits: int, out: torch.Tensor, first: int, str
         expected["absmax"] = (torch.uint8, blocks)
         expected["nested_absmax"] = (torch.float32, -(-blocks // NESTED_BLOCK))
         expected |= {"offset": (torch.float32, 1), "nested_codebook": (torch.float32, 256)}
-    for name, (dtype, size_) in expected.items():
+    for name, (dtype, count) in expected.items():
         tensor = getattr(weight, name)
         if not (
             tensor is not None
             and tensor.dtype == dtype
-            and tensor.numel() == size_
+            and tensor.numel() == count
             and tensor.device == out.device
             and tensor.is_contiguous()
         ):
             raise ValueError(
                 f"{op}: {name} is {describe(tensor)}; a weight of shape {tuple(weight.shape)} in {bits} bits "
-                f"and blocks of {size} needs {dtype} ({size_},), contiguous, on {out.device}"
+                f"and blocks of {size} needs {dtype} ({count},), contiguous, on {out.device}"
             )
     if out.dtype not in DTYPES or not out.is_contiguous():
         raise ValueError(f"{op}: out is {describe(out)}; it must be fp32, bf16 or fp16, and contiguous")

@@ -70,24 +70,23 @@ def lora_linear_kernel(
     """A tile of y, and the same rows of h = x A^T; the programs of the first column store h (M, r)."""
     X: tl.constexpr = x_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     rank = tl.arange(0, RANK).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)[None, :]
-        x = tl.load(x_ptr + m * K + k, mask=(m < M) & (k < K), other=0.0).to(DOT)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(W_ptr + n * W_n + k * W_k, mask=(n < N) & (k < K), other=0.0).to(DOT)
-        a = tl.load(A_ptr + rank[:, None] * A_r + k * A_k, mask=(rank[:, None] < r) & (k < K), other=0.0)
-        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-        h = tl.dot(x, tl.trans(rounded(a.to(tl.float32), X, DOT)), h, input_precision="ieee")
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        row, column = k[:, None], k[None, :]
+        x = tl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0).to(DOT)
+        w = tl.load(W_ptr + row * W_k + n * W_n, mask=(row < K) & (n < N), other=0.0).to(DOT)
+        a = tl.load(A_ptr + row * A_k + rank * A_r, mask=(row < K) & (rank < r), other=0.0)
+        total = tl.dot(x, w, total, input_precision="ieee")
+        h = tl.dot(x, rounded(a.to(tl.float32), X, DOT), h, input_precision="ieee")
     h = rounded(h, X, DOT)  # [BLOCK_M, RANK]
-    b = tl.load(B_ptr + n * B_n + rank[None, :] * B_r, mask=(n < N) & (rank[None, :] < r), other=0.0)
-    branch = tl.dot(h, tl.trans(rounded(b.to(tl.float32), X, DOT)), input_precision="ieee")
+    b = tl.load(B_ptr + rank[:, None] * B_r + n * B_n, mask=(rank[:, None] < r) & (n < N), other=0.0)
+    branch = tl.dot(h, rounded(b.to(tl.float32), X, DOT), input_precision="ieee")
     total += scaling * branch  # [BLOCK_M, BLOCK_N]
-    columns = tl.trans(n)
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m * N + columns, out, mask=(m < M) & (columns < N))
+    tl.store(out_ptr + m * N + n, total.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
     if tl.program_id(1) == 0:
         h = h.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + m * r + rank[None, :], h, mask=(m < M) & (rank[None, :] < r))
@@ -131,46 +130,33 @@ def base_product(x, weight, transposed: bool = False):
 def lora_linear(x, weight, lora_A, lora_B, scaling: float):
     """Same contract as `lora_linear_ref`; trains in x, lora_A and lora_B, and W is frozen."""
     _check(x, weight, lora_A, lora_B)
-    quantized = isinstance(weight, Packed)
-    return _LoRALinear.apply(x, lora_A, lora_B, scaling, weight if quantized else None, *_tensors(weight))
-
-
-def _tensors(weight):
-    """What autograd keeps of a matrix."""
-    if not isinstance(weight, Packed):
-        return (weight,)
-    return tuple(field for field in weight if isinstance(field, torch.Tensor))
-
-
-def _weight(form, tensors):
-    """The matrix again, from a Packed without its tensors (None for a dense one) and the tensors."""
-    if form is None:
-        return tensors[0]
-    kept = iter(tensors)
-    return Packed(*(next(kept) if field is True else field for field in form))
+    return _LoRALinear.apply(x, lora_A, lora_B, scaling, weight)
 
 
 class _LoRALinear(torch.autograd.Function):
     """Keeps x, A, B, the thin h, and W as it is stored."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, scaling, weight, *tensors):
-        ctx.scaling = scaling
-        ctx.form = weight and tuple(True if isinstance(f, torch.Tensor) else f for f in weight)
-        weight = tensors[0] if weight is None else weight
+    def forward(ctx, x, lora_A, lora_B, scaling, weight):
         if _fuses(x, weight, lora_A):
             y, h = fused(x, weight, lora_A, lora_B, scaling)
         else:
             y, h = base_product(x, weight), x @ lora_A.to(x.dtype).t()  # (M, N), (M, r)
             y.addmm_(h, lora_B.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, lora_A, lora_B, h, *tensors)
+        quantized = isinstance(weight, Packed)
+        kept = weight._replace(shape=None, block_size=None) if quantized else (weight,)
+        ctx.save_for_backward(x, lora_A, lora_B, h, *kept)
+        ctx.layout = (weight.shape, weight.block_size) if quantized else None
+        ctx.scaling = scaling
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, lora_A, lora_B, h, *tensors = ctx.saved_tensors
-        weight, dy = _weight(ctx.form, tensors), dy.contiguous()
+        x, lora_A, lora_B, h, *kept = ctx.saved_tensors
+        weight, dy = kept[0], dy.contiguous()
+        if ctx.layout:
+            weight = Packed(*kept)._replace(shape=ctx.layout[0], block_size=ctx.layout[1])
         need_x, need_A, need_B, *_ = ctx.needs_input_grad
         if need_x and _fuses(dy, weight, lora_A):
             dx, dh = fused(dy, weight.t(), lora_B.t(), lora_A.t(), ctx.scaling)
@@ -182,7 +168,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx.addmm_(dh, lora_A.to(dy.dtype))
         dA = (dh.t() @ x).to(lora_A.dtype) if need_A else None  # (r, K)
         dB = (dy.t() @ h * ctx.scaling).to(lora_B.dtype) if need_B else None  # (N, r)
-        return dx, dA, dB, None, None, *[None] * len(tensors)
+        return dx, dA, dB, None, None
 
 
 def _fuses(x, weight, lora_A) -> bool:
@@ -208,7 +194,7 @@ def _check(x, weight, lora_A, lora_B):
         raise ValueError(f"lora_linear: x is {x.dtype} and weight {weight.dtype}; they have the same dtype")
     if dense and weight.requires_grad:
         raise ValueError("lora_linear: weight requires a gradient, which is not computed; freeze it")
-    if len({t.device for t in (x, *_tensors(weight), lora_A, lora_B)}) > 1:
+    if len({tensor.device for tensor in (x, *dense, lora_A, lora_B)}) > 1:
         raise ValueError(
             "lora_linear: x, weight, lora_A and lora_B are on different devices; move them to one"
         )

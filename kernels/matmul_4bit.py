@@ -94,7 +94,7 @@ def matmul_4bit_kernel(
             total = tl.dot(x, tl.trans(scaled(w, scale, X, DOT)), total, input_precision="ieee")
     if SCALE_SUMS:
         total = tl.trans(total)
-    out = out_ptr + split.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    out = out_ptr + (split.to(tl.int64) * M + m)[:, None] * N + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
@@ -141,13 +141,7 @@ def matmul_4bit_transposed_kernel(
         block = row * (K // BLOCK_SIZE) + blocks
         scale = block_scales(block, None, absmax_ptr, nested_absmax_ptr, offset_ptr, nested_codebook_ptr)
         total = tl.dot(x, scaled(w, scale, X, DOT), total, input_precision="ieee")
-    out = (
-        out_ptr
-        + split.to(tl.int64) * M * K
-        + m.to(tl.int64)[:, None] * K
-        + k
-        + tl.arange(0, BLOCK_K)[None, :]
-    )
+    out = out_ptr + (split.to(tl.int64) * M + m)[:, None] * K + k + tl.arange(0, BLOCK_K)[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=m[:, None] < M)
 
 

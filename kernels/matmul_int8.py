@@ -84,7 +84,7 @@ def matmul_int8_kernel(
         scale = block_scales(block, None, absmax_ptr, nested_absmax_ptr, offset_ptr, nested_codebook_ptr)
         total += tl.dot(codes, tl.trans(x), input_precision="ieee") * scale
     total = tl.trans(total) * (1 / 127)
-    out = out_ptr + split.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    out = out_ptr + (split.to(tl.int64) * M + m)[:, None] * N + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
@@ -131,13 +131,7 @@ def matmul_int8_transposed_kernel(
         w = codes.reshape(BLOCK_N, SCALES, BLOCK_K // SCALES) * (scale * (1 / 127))[:, :, None]
         w = rounded(w.reshape(BLOCK_N, BLOCK_K), X, DOT)
         total = tl.dot(x, w, total, input_precision="ieee")
-    out = (
-        out_ptr
-        + split.to(tl.int64) * M * K
-        + m.to(tl.int64)[:, None] * K
-        + k
-        + tl.arange(0, BLOCK_K)[None, :]
-    )
+    out = out_ptr + (split.to(tl.int64) * M + m)[:, None] * K + k + tl.arange(0, BLOCK_K)[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=m[:, None] < M)
 
 

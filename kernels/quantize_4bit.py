@@ -3,11 +3,11 @@
     absmax[b] = max |w| over block b;   code i = number of midpoints of the codebook below w[i] / absmax
 
 and so the nearest number of the codebook, on a midpoint the lower one, all in fp32. Whole blocks are
-multiplied by 1/absmax, correctly rounded, and a short last block is divided. Below 2^-126, the smallest normal
-number, absmax is stored as 0 and the block has the codes of zero. Codes are two to a byte, the first in the
-high nibble; an odd one has the code of zero after it. n elements of w.
-Limit: n numbers read and n/2 bytes written, once; but a weight is quantized once, and the search of its code
-takes longer than that on GPUs.
+multiplied by 1/absmax, correctly rounded, and a short last block is divided. Below 2^-126, the smallest
+normal number, absmax is stored as 0 and the block has the codes of zero. Codes are two to a byte, the first
+in the high nibble; an odd one has the code of zero after it. w has n elements.
+Limit: n numbers are read and n/2 bytes written, once. On GPUs the search for the code takes longer, about 30
+instructions a weight; a weight is quantized once.
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; bit for bit what bitsandbytes computes on CPUs.
 """
 
@@ -56,7 +56,7 @@ def over_absmax(w, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @triton.jit
 def over_absmax_of_tile(w, left, BLOCK_SIZE: tl.constexpr, EVEN: tl.constexpr):
-    """`over_absmax` of a tile, [TILE] and [BLOCKS]: of w [TILE] the first `left` elements, zeros after them."""
+    """`over_absmax` of a tile, [TILE] and [BLOCKS]. Of w [TILE] `left` elements are there, then zeros."""
     BLOCKS: tl.constexpr = w.shape[0] // BLOCK_SIZE
     w = w.to(tl.float32).reshape(BLOCKS, BLOCK_SIZE)
     bits = w.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # |w|; as integers infinity and NaN are the largest
@@ -64,7 +64,7 @@ def over_absmax_of_tile(w, left, BLOCK_SIZE: tl.constexpr, EVEN: tl.constexpr):
     absmax = tl.where(bits < 0x00800000, 0, bits).to(tl.float32, bitcast=True)  # 2^-126
     divisor = tl.where(absmax == 0, float("inf"), absmax)[:, None]
     scaled = w * tl.div_rn(1.0, divisor)
-    if not EVEN:
+    if not EVEN:  # noqa: SIM102 (known when the kernel is compiled; the next is not)
         if left < BLOCKS * BLOCK_SIZE:  # only the last tile pays for the division
             whole = (tl.arange(0, BLOCKS) + 1) * BLOCK_SIZE <= left
             scaled = tl.where(whole[:, None], scaled, tl.div_rn(w, divisor))
@@ -114,7 +114,7 @@ def quantize_4bit(w, codebook, block_size: int) -> tuple[torch.Tensor, torch.Ten
     check("quantize_4bit", w, block_size)
     if codebook.dtype != torch.float32 or codebook.shape != (16,) or codebook.device != w.device:
         raise ValueError(
-            f"quantize_4bit: the codebook is {describe(codebook)}; it must be torch.float32 (16,) on {w.device}"
+            f"quantize_4bit: codebook is {describe(codebook)}; it must be torch.float32 (16,) on {w.device}"
         )
     n, backend = w.numel(), choose("quantize_4bit", w.device, ("triton", "torch"))
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
@@ -156,7 +156,7 @@ def quantize_torch(w, codebook, block_size, packed, absmax) -> None:
 
 
 def cell_of(scaled) -> torch.Tensor:
-    """Number -> cell, 0 to CELLS, int32. Each step is monotone, so that cells are intervals; NaN has one too."""
+    """Number -> cell, 0 to CELLS, int32. Each step is monotone, so cells are intervals; NaN has one too."""
     return ((scaled + 1) * (CELLS / 2)).int().clamp_(0, CELLS)
 
 

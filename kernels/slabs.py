@@ -16,8 +16,8 @@ from math import gcd
 import torch
 
 from minift.kernels import runtime
+from minift.kernels.dequantize_4bit import DTYPES, describe
 from minift.kernels.dequantize_4bit import check as check_weight
-from minift.kernels.dequantize_4bit import describe
 from minift.kernels.packed import Packed
 
 SLAB = {"cpu": 2**22, "cuda": 2**23}  # elements; 16 MB of bf16 stay in a large GPU's L2 cache
@@ -85,15 +85,15 @@ def slab_width(outputs: int, length: int, unit: int, elements: int) -> int:
 
 def check(op: str, x: torch.Tensor, weight: Packed, bits: int, transposed: bool) -> None:
     """Refuses what the products do not take, with the reason."""
+    if x.dtype not in DTYPES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"{op}: x is {describe(x)}; it must be fp32, bf16 or fp16, 2-D and contiguous")
     check_weight(op, weight, bits, x.new_empty(0), 0, 0)
     if len(weight.shape) != 2:
         raise ValueError(f"{op}: the weight has shape {tuple(weight.shape)}; a product needs a matrix (N, K)")
     columns = weight.shape[0 if transposed else 1]
-    if x.dim() != 2 or x.shape[1] != columns or not x.is_contiguous():
-        raise ValueError(
-            f"{op}: x is {describe(x)}; the weight {tuple(weight.shape)} takes (M, {columns}), contiguous"
-            + (", for the product with W itself" if transposed else "")
-        )
+    if x.shape[1] != columns:
+        product = "x W takes x (M, N)" if transposed else "x W^T takes x (M, K)"
+        raise ValueError(f"{op}: x is {tuple(x.shape)} and W (N, K) is {tuple(weight.shape)}; {product}")
 
 
 def save(ctx, weight: Packed) -> None:

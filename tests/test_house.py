@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "quant": {"models", "kernels"},
     "methods": {"models", "quant", "kernels"},
-    "training": {"methods", "models", "data", "optim", "metrics", "reports", "memory"},
+    "training": {"methods", "models", "data", "optim", "metrics", "reports", "memory", "kernels"},
     "fetch": set(),
     "memory": set(),
     "load": {"models", "quant", "data", "fetch", "memory"},

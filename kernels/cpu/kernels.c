@@ -27,8 +27,6 @@
 enum { FP32, BF16, FP16 };
 enum { TABLE4, LINEAR8, TABLE8, INTEGER8 }; /* LINEAR8: code / 127; INTEGER8: the code itself */
 enum { SEGMENT = 16384 }; /* elements that a thread dequantizes at a time */
-#define INVERSE_HIGH 0x1.020408p-7f /* 1/127 = high + low */
-#define INVERSE_LOW (float)(1.0 / 127 - 0x1.020408p-7)
 
 typedef struct { /* Packed of packed.py */
     const uint8_t *packed;

@@ -123,14 +123,8 @@ INLINE void NAME(store_bytes)(uint8_t *to, vi ints) {
 #endif
 }
 
-/* code / 127, correctly rounded for every code: 1/127 as the sum of two floats. */
-INLINE vf NAME(by_127)(vf code) {
-#if LEVEL == 0
-    return code / 127.0f;
-#else
-    return NAME(fma)(code, NAME(splat)(INVERSE_HIGH), code * INVERSE_LOW);
-#endif
-}
+/* code / 127, correctly rounded for every code: the first product is exact, the second small. */
+INLINE vf NAME(by_127)(vf code) { return code * (129 / 16384.0f) + code * (float)(1 / (127 * 16384.0)); }
 
 INLINE float NAME(sum)(vf v) {
     float total[W];

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from minift.kernels.lora_linear import lora_linear
 from minift.methods.base import Method, Plan, Site, generator
 from minift.models.interface import (
     LanguageModel,
@@ -28,6 +29,7 @@ from minift.models.interface import (
     replace_layer,
 )
 from minift.models.targets import match
+from minift.quant.linear import QuantizedLinear
 
 
 class LowRank(torch.autograd.Function):
@@ -73,9 +75,14 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
 
     def forward(self, x):
-        y = self.base(x)
         if not self.active:
-            return y
+            return self.base(x)
+        matrix = None if self.dropout and self.training else frozen_matrix(self.base, x.dtype)
+        if matrix is not None:
+            rows = x.reshape(-1, self.in_features).contiguous()
+            y = lora_linear(rows, matrix, self.lora_A, self.lora_B, self.scaling)
+            return y.view(*x.shape[:-1], self.out_features)
+        y = self.base(x)
         return LowRank.apply(
             F.dropout(x, self.dropout, self.training), y, self.lora_A, self.lora_B, self.scaling
         )
@@ -83,6 +90,20 @@ class LoRALinear(nn.Module):
     def delta(self) -> torch.Tensor:
         """scaling * B A in the adapter's dtype, (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+def frozen_matrix(base: nn.Module, dtype: torch.dtype):
+    """W of a plain frozen layer without bias that computes in `dtype`, as `lora_linear` takes it.
+
+    None for any other layer: wrappers, layers with hooks or with a forward of their own.
+    """
+    if type(base) not in (nn.Linear, QuantizedLinear) or base.bias is not None:
+        return None
+    if base._forward_hooks or base._forward_pre_hooks:
+        return None
+    if type(base) is QuantizedLinear:
+        return base.as_packed() if base.compute_dtype == dtype else None
+    return base.weight if base.weight.dtype == dtype and not base.weight.requires_grad else None
 
 
 @dataclass(frozen=True)

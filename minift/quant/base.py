@@ -65,6 +65,9 @@ class Format:
         """Elements `first` (of a block) and on of the flattened weight into out, any floating dtype."""
         return (dequantize_4bit if self.bits == 4 else dequantize_int8)(packed, out, first)
 
+    def __hash__(self):  # of a key of caches that every product looks into
+        return hash(self.name)
+
     @property
     def bound(self) -> float:
         """Largest |w - dequantized| / absmax in exact arithmetic: half of the widest gap in [-1, 1]."""

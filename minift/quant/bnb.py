@@ -13,7 +13,7 @@ import json
 
 import torch
 
-from minift.quant.base import NESTED_BLOCK_SIZE, Layout
+from minift.quant.base import NESTED_BLOCK, Layout
 from minift.quant.int8 import INT8_DYNAMIC
 from minift.quant.weight import FORMATS, QuantizedWeight, as_bytes
 
@@ -45,7 +45,7 @@ def to_state(weight: QuantizedWeight, path: str) -> dict[str, torch.Tensor]:
         f"{name}.quant_map": layout.format.values(device).clone(),
     }
     if layout.double_quant:
-        facts |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
+        facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         facts["nested_offset"] = weight.offset.item()
         state[f"{name}.nested_absmax"] = weight.nested_absmax
         state[f"{name}.nested_quant_map"] = INT8_DYNAMIC.values(device).clone()
@@ -118,10 +118,10 @@ def _facts(stored: torch.Tensor, name: str, kind: str) -> dict:
         raise ValueError(f"{name}: shape {shape!r} in quant_state is not that of a matrix")
     if facts["dtype"] not in DTYPES:
         raise ValueError(f"{name}: dtype {facts['dtype']!r} in quant_state; known: {', '.join(DTYPES)}")
-    if nested and (facts["nested_blocksize"], facts["nested_dtype"]) != (NESTED_BLOCK_SIZE, "float32"):
+    if nested and (facts["nested_blocksize"], facts["nested_dtype"]) != (NESTED_BLOCK, "float32"):
         raise ValueError(
             f"{name}: nested_blocksize {facts['nested_blocksize']!r} of {facts['nested_dtype']!r}; "
-            f"supported: {NESTED_BLOCK_SIZE} of 'float32'"
+            f"supported: {NESTED_BLOCK} of 'float32'"
         )
     if (
         isinstance(offset, bool)

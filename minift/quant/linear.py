@@ -9,8 +9,9 @@ from torch import nn
 
 from minift.kernels.matmul_4bit import matmul_4bit
 from minift.kernels.matmul_int8 import matmul_int8
+from minift.kernels.packed import Packed
 from minift.quant.base import Layout
-from minift.quant.weight import QuantizedWeight, quantize_weight
+from minift.quant.weight import QuantizedWeight, as_packed, quantize_weight
 
 
 class QuantizedLinear(nn.Module):
@@ -46,10 +47,14 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"the layer takes {self.in_features} features; x has shape {tuple(x.shape)}")
         rows = x.to(self.compute_dtype).reshape(-1, self.in_features)
         matmul = matmul_4bit if self.layout.format.bits == 4 else matmul_int8
-        y = matmul(rows.contiguous(), self.quantized().as_packed()).view(*x.shape[:-1], self.out_features)
+        y = matmul(rows.contiguous(), self.as_packed()).view(*x.shape[:-1], self.out_features)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
+
+    def as_packed(self) -> Packed:
+        """The weight as the ops of minift.kernels take it, without a copy."""
+        return as_packed(self.layout, self._parameters)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it is stored, without a copy."""

@@ -82,10 +82,7 @@ class QuantizedWeight:
 
     def as_packed(self) -> Packed:
         """The same tensors as the ops of minift.kernels take them."""
-        layout, device = self.layout, self.packed.device
-        codebook = None if layout.format is INT8_FORMAT else layout.format.values(device)
-        nested = (self.nested_absmax, self.offset, INT8_DYNAMIC.values(device)) if layout.double_quant else ()
-        return Packed(self.packed, self.absmax, codebook, layout.shape, layout.block_size, *nested)
+        return as_packed(self.layout, self.tensors)
 
     def __repr__(self):
         scales = "double quantization" if self.layout.double_quant else "fp32 absmax"
@@ -93,6 +90,17 @@ class QuantizedWeight:
             f"QuantizedWeight({self.layout.format.name}, {tuple(self.shape)}, blocks of "
             f"{self.layout.block_size}, {scales}, {self.nbytes:,} bytes)"
         )
+
+
+def as_packed(layout: Layout, tensors: dict[str, torch.Tensor]) -> Packed:
+    """The tensors of `Layout.sizes` as the ops of minift.kernels take them, without a copy."""
+    packed, absmax, format = tensors["packed"], tensors["absmax"], layout.format
+    codebook = None if format is INT8_FORMAT else format.values(packed.device)
+    if not layout.double_quant:
+        return Packed(packed, absmax.view(torch.float32), codebook, layout.shape, layout.block_size)
+    nested_absmax, offset = (tensors[name].view(torch.float32) for name in ("nested_absmax", "offset"))
+    table = INT8_DYNAMIC.values(packed.device)
+    return Packed(packed, absmax, codebook, layout.shape, layout.block_size, nested_absmax, offset, table)
 
 
 def quantize_weight(

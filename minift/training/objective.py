@@ -6,9 +6,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.data.collate import IGNORED
+from minift.kernels.cross_entropy import cross_entropy
 from minift.models.interface import LanguageModel
 
 CHUNK = 1024  # supervised positions whose logits are alive at once
+
+
+def is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a head is its matrix and nothing else: no wrapper, hook or bias, and in the dtype of hidden."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and type(head.weight) in (nn.Parameter, torch.Tensor)
+        and head.weight.dtype == dtype
+    )
 
 
 class Objective(nn.Module):
@@ -28,6 +40,9 @@ class Objective(nn.Module):
         targets = batch["labels"][:, 1:]  # position t predicts token t + 1
         supervised = targets != IGNORED  # (B, T - 1)
         hidden, targets = hidden[:, :-1][supervised], targets[supervised]  # (N, D), (N,)
+        head = self.model.head
+        if is_plain(head, hidden.dtype):
+            return cross_entropy(hidden, head.weight, targets), len(targets)
         if len(targets) <= CHUNK or not torch.is_grad_enabled():
             chunks = [self._nll(h, y) for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
         else:  # recompute logits in backward

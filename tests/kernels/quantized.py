@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from machine_code import Build
+from quant import quant_reference as slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.kernels.dequantize_4bit import BLOCK_SIZES, DTYPES
@@ -111,6 +112,21 @@ def as_packed(q):
     nested = FORMATS["int8_dynamic"].values("cpu") if q.layout.double_quant else None
     size = q.layout.block_size
     return Packed(q.packed, q.absmax, table, q.shape, size, q.nested_absmax, q.offset, nested)
+
+
+def slow_quantize(name, w, block_size):
+    codes, absmax = slow.quantize(name, w.float().numpy(), block_size)
+    return torch.from_numpy(slow.pack(name, codes)), torch.from_numpy(absmax)
+
+
+def slow_dequantize(q, dtype):
+    """Each operation once more in numpy, from the golden tables."""
+    format, absmax = q.layout.format.name, q.absmax.numpy()
+    if q.layout.double_quant:
+        groups = q.nested_absmax.numpy().repeat(256)[: len(absmax)]
+        absmax = slow.VALUES["int8_dynamic"][absmax] * groups + q.offset.numpy()
+    codes = slow.unpack(format, q.packed, q.layout.n)
+    return slow.dequantize(format, codes, absmax, q.layout.block_size, dtype).view(q.shape)
 
 
 def same_bits(got, want):

@@ -5,7 +5,8 @@ Each `BUILDS` of a kernel's test file is compiled for sm_90; sm_80, sm_100 and A
 
 import importlib
 import json
-from functools import cache
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import machine_code
@@ -23,9 +24,25 @@ OTHER_CHIPS = [chip for chip in SHARED_MEMORY if chip != 90]
 compiles = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 
 
-@cache
-def found(row: str, chip: int) -> dict:
-    return inspect_build(ROWS[row][1], chip)
+@pytest.fixture(scope="module")
+def found(request):
+    """(row, chip) -> what was found; what the selected tests need is compiled side by side."""
+    wanted = [
+        getattr(item, "callspec", None) for item in request.session.items if item.path == Path(__file__)
+    ]
+    wanted = [call.params for call in wanted if call and "row" in call.params]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {}
+
+        def start(row, chip=90):
+            if (row, chip) not in started:
+                started[row, chip] = pool.submit(inspect_build, ROWS[row][1], chip)
+            return started[row, chip]
+
+        for params in wanted:
+            start(**params)
+        yield lambda row, chip: start(row, chip).result()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -43,8 +60,8 @@ def test_builds_have_names_of_their_own():
 
 @compiles
 @pytest.mark.parametrize("row", ROWS)
-def test_on_sm_90_nothing_spills_and_promises_and_budgets_hold(row):
-    check(row, 90)
+def test_on_sm_90_nothing_spills_and_promises_and_budgets_hold(row, found):
+    check(found(row, 90), 90)
     build, code = ROWS[row][1], found(row, 90)
     assert [p for p in build.promises if not keeps(p, code["opcodes"])] == []
     if build.budget is not None:
@@ -55,15 +72,15 @@ def test_on_sm_90_nothing_spills_and_promises_and_budgets_hold(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", OTHER_CHIPS, ids=lambda chip: f"sm_{chip}")
 @pytest.mark.parametrize("row", ROWS)
-def test_on_other_chips_nothing_spills_and_products_use_tensor_cores(row, chip):
-    check(row, chip)
+def test_on_other_chips_nothing_spills_and_products_use_tensor_cores(row, chip, found):
+    check(found(row, chip), chip)
     if "tensor" in ROWS[row][1].promises:
         assert keeps("tensor", found(row, chip)["opcodes"])
 
 
-def check(row: str, chip: int) -> None:
-    assert found(row, chip)["spills"] == 0
-    assert found(row, chip)["shared"] <= SHARED_MEMORY[chip]
+def check(code: dict, chip: int) -> None:
+    assert code["spills"] == 0
+    assert code["shared"] <= SHARED_MEMORY[chip]
 
 
 @compiles
@@ -75,7 +92,7 @@ def test_compiles_for_amd(row):
 
 @compiles
 @pytest.mark.slow
-def test_the_committed_table_is_what_triton_makes():
+def test_the_committed_table_is_what_triton_makes(found):
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     version = table["machine"]["versions"]["triton"]
     if version != triton.__version__:

@@ -219,7 +219,7 @@ MUTANTS = [
     ("weights.h", "x = divide ? x / divisor : x * inverse;", "x = x * inverse;"),
     ("weights.h", "(kind == INTEGER8 ? 127 : 1)", "(kind == INTEGER8 ? 128 : 1)"),
     ("vectors.h", "+ 0x7fff + ((bits >> 16) & 1)", "+ 0x8000"),
-    ("vectors.h", "code * INVERSE_LOW", "0 * code"),
+    ("vectors.h", "code * (129 / 16384.0f) + code", "code * (129 / 16384.0f) + 0 * code"),
     ("bf16.h", "entries[i % 16]", "entries[i / 2]"),
     ("bf16.h", "_mm512_srai_epi16(words, 8)", "_mm512_srli_epi16(words, 8)"),
     ("amx.h", "_tile_loadd(4, pairs + 8 * k + 256, 64)", "_tile_loadd(4, pairs + 8 * k, 64)"),

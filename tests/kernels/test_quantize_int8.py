@@ -1,4 +1,4 @@
-"""minift.kernels.quantize_int8: bit for bit its reference, and that minift.quant; machine code; mutants."""
+"""minift.kernels.quantize_int8: bit for bit its reference, that one in numpy; machine code; mutants."""
 
 import pytest
 import test_quantize_4bit as four
@@ -6,33 +6,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutants import survives
-from quantized import Launches, on_gpu, same_bits
+from quantized import Launches, on_gpu, same_bits, slow_quantize
 from test_quantize_4bit import KINDS, build, compare, draw
 
 from minift.kernels import quantize_int8 as op
 from minift.kernels import runtime
 from minift.kernels.dequantize_4bit import BLOCK_SIZES, DTYPES
 from minift.kernels.quantize_int8 import quantize_int8, quantize_int8_ref
-from minift.quant.weight import FORMATS
 
-FORMAT = FORMATS["int8"]
 FP32, BF16, FP16 = DTYPES
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("n, block_size, dtype", four.CASES)
-def test_the_kernel_gives_the_bits_of_the_format(n, block_size, dtype, device):
+def test_the_kernel_gives_the_bits_of_the_reference(n, block_size, dtype, device):
     w = draw(n, block_size, dtype)
-    compare(quantize_int8, FORMAT.quantize(w, block_size), w, block_size, device=device, offset=n % 2)
+    compare(quantize_int8, quantize_int8_ref(w, block_size), w, block_size, device=device, offset=n % 2)
 
 
 @pytest.mark.parametrize("chunk", [op.CHUNK, 4096])
-def test_the_reference_and_torch_give_the_bits_of_the_format(chunk, monkeypatch):
+def test_the_reference_and_torch_give_the_bits_of_the_slow_reference(chunk, monkeypatch):
     monkeypatch.setattr(op, "CHUNK", chunk)
     for n, block_size, dtype in four.CASES:
         w = draw(n, block_size, dtype)
-        want = FORMAT.quantize(w, block_size)
+        want = slow_quantize("int8", w, block_size)
         got = quantize_int8_ref(w, block_size)
         assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
         with runtime.using("torch"):
@@ -132,7 +130,7 @@ def check(module, backend):
     with runtime.using(backend):
         for w in weights:
             block_size = 32 if len(w) % 32 == 1 else 64
-            compare(module.quantize_int8, FORMAT.quantize(w, block_size), w, block_size)
+            compare(module.quantize_int8, quantize_int8_ref(w, block_size), w, block_size)
 
 
 @pytest.mark.triton
@@ -152,4 +150,5 @@ def test_the_whole_grid_on_a_gpu(dtype):
     for block_size in BLOCK_SIZES:
         for n in (1, 31, 33, 64, 127, 1000, 4095, 4096, 4097, 11008, 3 * 11008, 2048 * 4096):
             w = draw(n, block_size, dtype)
-            compare(quantize_int8, FORMAT.quantize(w, block_size), w, block_size, device="cuda", offset=n % 2)
+            want = quantize_int8_ref(w, block_size)
+            compare(quantize_int8, want, w, block_size, device="cuda", offset=n % 2)

@@ -1,6 +1,7 @@
 """Block quantization once more, slowly, in numpy and from the golden tables; and weights to try it on."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,16 @@ def same_bits(a, b):
     a, b = (torch.as_tensor(x) for x in (a, b))
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(size), b.view(size))
+
+
+@contextmanager
+def new_memory_filled():
+    """torch.empty gives NaN or 255 and never what an earlier, right computation left in memory."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

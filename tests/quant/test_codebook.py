@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quant_reference import same_bits
 
+from minift.kernels import runtime
 from minift.quant.base import Format
 from minift.quant.codebook import FP4, INT8, NF4, dynamic_map
 
@@ -72,18 +73,26 @@ def test_nf4_and_fp4_stand_in_one_file(number):
     assert holders <= {"codebook.py"}
 
 
+def assert_quantizes_right(table):
+    """Numbers all over [-1, 1], those of the table, midpoints and their neighbours: by the slow reference."""
+    order = np.argsort(table, kind="stable")
+    middle = (table[order][:-1] + table[order][1:]) / np.float32(2)
+    beside = [np.nextafter(middle, np.float32(side)) for side in (-2, 2)]
+    s = np.concatenate((np.linspace(-1, 1, 402, dtype=np.float32), table, middle, *beside, [np.float32(1)]))
+    codes = order[slow.rank(s, table[order])].astype(np.uint8)
+    for backend in ("auto", "torch"):
+        with runtime.using(backend):
+            packed, absmax = Format("new", 4, tuple(table.tolist())).quantize(torch.from_numpy(s), 512)
+        assert absmax.tolist() == [1.0] and same_bits(packed, 16 * codes[0::2] + codes[1::2])
+
+
 @given(st.lists(st.integers(-200, 200), min_size=15, max_size=15, unique=True).filter(lambda v: 0 not in v))
 def test_a_new_format_is_a_name_and_sixteen_numbers(values):
-    table = np.array([*values, 0], dtype=np.float32) / np.float32(200)  # in any order
-    format = Format("new", 4, tuple(table.tolist()))
-    s = torch.cat((torch.linspace(-1, 1, 400), torch.from_numpy(table)))
-    packed, absmax = format.quantize(s, 512)
-    order = np.argsort(table, kind="stable")
-    codes = order[slow.rank(s.numpy(), table[order])].astype(np.uint8)
-    assert absmax.tolist() == [1.0] and torch.equal(packed, format.pack(torch.from_numpy(codes)))
+    assert_quantizes_right(np.array([*values, 0], dtype=np.float32) / np.float32(200))  # in any order
 
 
-def test_numbers_too_close_for_the_search_are_an_error():
-    crowded = Format("crowded", 4, (0.0, 0.0001, 0.0002, *np.linspace(0.1, 1, 13).tolist()))
-    with pytest.raises(ValueError, match="format crowded: two midpoints lie in one of 4096 equal cells"):
-        crowded.quantize(torch.ones(4), 32)
+@given(st.permutations(range(16)), st.integers(-9000, 9000))
+def test_numbers_that_stand_close_together_are_told_apart(order, place):
+    """Two midpoints in one of the 4096 cells of [-1, 1] that find codes: there they are searched."""
+    crowded = np.array([0.0, 0.0001, 0.0002, *np.linspace(0.1, 1, 11), -0.9, place / 10000], dtype=np.float32)
+    assert_quantizes_right(crowded[list(order)])

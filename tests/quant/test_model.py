@@ -73,6 +73,16 @@ def test_no_error_is_above_its_proven_bound(format, scale):
         assert 0 < relative < 0.35 and 0 < of_bound <= 1
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_error_is_the_same_however_the_weight_is_cut(format, monkeypatch):
+    w = torch.randn(70, 130)
+    quantized = minift.quantize_weight(w, format, 32)
+    relative, of_bound = weight_error(w, quantized)
+    monkeypatch.setattr("minift.quant.model.CHUNK", 1000)  # whole blocks of it
+    cut, of_bound_cut = weight_error(w, quantized)
+    assert cut == pytest.approx(relative, rel=9100 * 2**-52) and of_bound_cut == of_bound  # sums in fp64
+
+
 def test_on_the_meta_device_only_shapes_are_replaced():
     with torch.device("meta"):
         model = type(tiny_llama())(tiny_llama().config)

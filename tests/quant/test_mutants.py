@@ -1,4 +1,4 @@
-"""Planted faults in minift.quant, each of which the checks against the slow reference notice."""
+"""Planted faults in minift.quant and in the torch paths of its kernels, which the slow reference notices."""
 
 from functools import cache
 
@@ -7,10 +7,11 @@ import pytest
 import quant_reference as slow
 import torch
 from mutants import mutate, survives
-from quant_reference import NAMES, VALUES, same_bits
+from quant_reference import BITS, NAMES, VALUES, new_memory_filled, same_bits
 
-from minift.quant import base, blocks, codebook, double_quant, int8
-from minift.quant.weight import FORMATS
+from minift.kernels import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8, runtime
+from minift.kernels.packed import Packed
+from minift.quant import base, codebook, double_quant, int8
 
 
 @cache
@@ -29,11 +30,17 @@ def cases():
     return [*result, *((torch.from_numpy(part).float(), 64) for part in short)]
 
 
-def check_quantize(format):
-    for w, block_size in cases():
-        packed, absmax = format.quantize(w, block_size)
-        codes, expected = slow.quantize(format.name, w.float().numpy(), block_size)
-        assert same_bits(absmax, expected) and same_bits(packed, slow.pack(format.name, codes))
+@cache
+def expected(name):
+    """(weight, block size, codes, packed, absmax), by the slow reference."""
+    rows = [(w, size, *slow.quantize(name, w.float().numpy(), size)) for w, size in cases()]
+    return [(w, size, codes, slow.pack(name, codes), absmax) for w, size, codes, absmax in rows]
+
+
+def check_quantize(name, quantize):
+    for w, block_size, _, packed, absmax in expected(name):
+        got = quantize(w, block_size)
+        assert same_bits(got[1], absmax) and same_bits(got[0], packed)
 
 
 def with_small_chunks(module, check, *names):
@@ -49,47 +56,109 @@ def with_small_chunks(module, check, *names):
             setattr(module, name, value)
 
 
+def assert_refused(error, start, call, *args):
+    try:
+        call(*args)
+    except error as found:
+        assert str(found).startswith(start)
+    else:
+        raise AssertionError(f"{args} are accepted")
+
+
+def check_that_only_finite_numbers_are_quantized(format, error):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for at in (3, 39):
+            w = torch.ones(40)
+            w[at] = bad
+            assert_refused(error, "", format.quantize, w, 32)
+
+
 def check_base(module):
     for name in ("nf4", "fp4"):
         format = module.Format(name, 4, tuple(VALUES[name].tolist()))
-        with_small_chunks(module, lambda format=format: check_quantize(format), "CHUNK")
-        byte = np.arange(256)
-        assert same_bits(format.lookup("cpu"), VALUES[name][np.stack((byte // 16, byte % 16), 1)])
+        check_quantize(name, format.quantize)
+        check_that_only_finite_numbers_are_quantized(format, module.NotFinite)
         assert abs(format.bound - slow.BOUND[name]) <= 2**-23
+        w, size, codes, packed, absmax = expected(name)[0]
+        stored = as_packed(name, w, size, packed, absmax)
+        second = slow.dequantize(name, codes, absmax, size)[size : 2 * size]
+        assert same_bits(format.dequantize(stored, torch.empty(size), size), second)
     for n, bits in ((1, 4), (63, 4), (64 * 256, 4), (64 * 256 + 1, 4), (64 * 600 + 5, 8)):
         format, B = module.Format("any", bits, (0.0,) * 2**bits), -(-n // 64)
         codes = -(-n * bits // 8)
         assert format.bytes((n,), 64, double_quant=False) == codes + 4 * B
         assert format.bytes((n,), 64, double_quant=True) == codes + B + 4 * -(-B // 256) + 4
-    try:
-        module.Layout(format, (4,), 48, False)
-    except ValueError as error:
-        assert str(error).startswith("block_size is 48; supported: 32, 64, ")
-    else:
-        raise AssertionError("a block size of 48 is accepted")
+    assert_refused(
+        ValueError, "block_size is 48; supported: 32, 64, ", module.Layout, format, (4,), 48, False
+    )
 
 
-def check_blocks(module):
+def check_quantize_4bit(module):
+    crowded = np.array([0, 1e-4, 2e-4, *np.linspace(0.1, 1, 13)], dtype=np.float32)[::-1].copy()
+    middle = (crowded[:-1] + crowded[1:]) / np.float32(2)
+    s = np.concatenate((crowded, middle, np.nextafter(middle, np.float32(2)), [np.float32(1)]))
+    codes = 15 - slow.rank(s, crowded[::-1])
+    codes = np.append(codes, 15).astype(np.uint8)  # the code of zero, after 47
+
+    def check():
+        for name in ("nf4", "fp4"):
+            table = torch.from_numpy(VALUES[name])
+            check_quantize(name, lambda w, size, table=table: module.quantize_4bit(w, table, size))
+        packed, absmax = module.quantize_4bit(torch.from_numpy(s), torch.from_numpy(crowded), 64)
+        assert absmax.tolist() == [1] and same_bits(packed, 16 * codes[0::2] + codes[1::2])
+
+    with runtime.using("torch"):
+        with_small_chunks(module, check, "CHUNK")
+
+
+def check_quantize_int8(module):
+    with runtime.using("torch"):
+        with_small_chunks(module, lambda: check_quantize("int8", module.quantize_int8), "CHUNK")
+
+
+def as_packed(name, w, block_size, packed, absmax):
+    table = None if name == "int8" else torch.from_numpy(VALUES[name])
+    return Packed(torch.from_numpy(packed), torch.from_numpy(absmax), table, w.shape, block_size)
+
+
+def check_decoding(name, decode):
+    for w, block_size, codes, packed, absmax in expected(name):
+        weight = as_packed(name, w, block_size, packed, absmax)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = torch.full(w.shape, float("nan"), dtype=dtype)
+            assert decode(weight, out) is out
+            assert same_bits(out, slow.dequantize(name, codes, absmax, block_size, dtype))
+
+
+def check_dequantize_4bit(module):
+    """Both ways of `dequantize_torch`: a byte is two numbers or, as dequantize_int8 calls it, one."""
+
+    def one(weight, out, name):
+        return module.dequantize_torch(weight, torch.from_numpy(VALUES[name]).view(256, 1), out, 0, 0)
+
     def check():
         for name in NAMES:
-            for w, block_size in cases():
-                codes, absmax = slow.quantize(name, w.float().numpy(), block_size)
-                packed = torch.from_numpy(slow.pack(name, codes))
-                for dtype in (torch.float32, torch.bfloat16):
-                    out = torch.full(w.shape, float("nan"), dtype=dtype)
-                    result = module.decode_flat(
-                        packed, torch.from_numpy(absmax), FORMATS[name], block_size, out
-                    )
-                    assert result is out
-                    assert same_bits(out, slow.dequantize(name, codes, absmax, block_size, dtype))
+            eight = lambda weight, out, name=name: one(weight, out, name)  # noqa: E731
+            check_decoding(name, module.dequantize_4bit if BITS[name] == 4 else eight)
 
-    with_small_chunks(module, check, "CHUNK", "ROW")
+    with runtime.using("torch"):
+        with_small_chunks(module, check, "CHUNK", "ROW")
+
+
+def check_dequantize_int8(module):
+    with runtime.using("torch"):
+        for name in ("int8", "int8_dynamic"):
+            check_decoding(name, module.dequantize_int8)
 
 
 def check_int8(module):
-    for format in (module.INT8_FORMAT, module.INT8_DYNAMIC):
-        check_quantize(format)
-        assert abs(format.bound - slow.BOUND[format.name]) <= 2**-23
+    def check():
+        for format in (module.INT8_FORMAT, module.INT8_DYNAMIC):
+            check_quantize(format.name, format.quantize)
+            check_that_only_finite_numbers_are_quantized(format, base.NotFinite)
+            assert abs(format.bound - slow.BOUND[format.name]) <= 2**-23
+
+    with_small_chunks(module, check, "CHUNK")
 
 
 def check_double_quant(module):
@@ -103,12 +172,9 @@ def check_double_quant(module):
         assert same_bits(codes, expected[0]) and same_bits(nested_absmax, expected[1])
         products = VALUES["int8_dynamic"][expected[0]] * expected[1].repeat(256)[:n]
         assert same_bits(module.dequantize_absmax(codes, nested_absmax, offset), products + offset.numpy())
-    try:
-        module.quantize_absmax(torch.full((4,), 3e38))
-    except ValueError as error:
-        assert "overflows fp32" in str(error)
-    else:
-        raise AssertionError("a mean beyond fp32 is accepted")
+    assert_refused(
+        ValueError, "the mean of absmax overflows fp32", module.quantize_absmax, torch.full((4,), 3e38)
+    )
 
 
 def check_codebook(module):
@@ -119,58 +185,92 @@ def check_codebook(module):
 
 CHECKS = {
     base: check_base,
-    blocks: check_blocks,
+    quantize_4bit: check_quantize_4bit,
+    quantize_int8: check_quantize_int8,
+    dequantize_4bit: check_dequantize_4bit,
+    dequantize_int8: check_dequantize_int8,
     int8: check_int8,
     double_quant: check_double_quant,
     codebook: check_codebook,
 }
 
+ROWS = "(ROW, weight.block_size, flat.numel() % weight.block_size)"
+SCALE = "scale = absmax[start : start + rows, :, None]"
+BEFORE_STEPS = "step = ((scaled.clamp_(-1, 1)"
+DIVIDED = "if part.numel() % block_size:\n                scaled[-1] = blocks[-1] / largest[-1]\n            "
+
 MUTANTS = [
-    (base, "(scaled > midpoint", "(scaled >= midpoint"),
-    (base, "pairs[:, 1], pairs[:, 0], alpha", "pairs[:, 0], pairs[:, 1], alpha"),
-    (base, "torch.stack((byte >> 4, byte & 15)", "torch.stack((byte & 15, byte >> 4)"),
-    (base, "blocks / divisor if short", "blocks * (1 / divisor) if short"),
-    (base, "else blocks * (1 / divisor)", "else blocks / divisor"),
-    (base, "-(-stop // block_size)] = largest", "-(-stop // block_size)] = largest.bfloat16()"),
-    (base, "largest < TINY", "largest <= TINY"),
-    (base, "largest < TINY", "largest < 0"),
-    (base, "blocks.abs().amax(dim=1)", "blocks.amax(dim=1)"),
-    (base, "zero = self.codebook.index(0.0)", "zero = 15"),
-    (base, "(whole, n)]", "(whole, n - 1)]"),
-    (base, "(start, min(whole, start + step))", "(start, min(whole, start + step) - block_size)"),
-    (base, "below[cell.long() + 1] = 1", "below[cell.long()] = 1"),
-    (base, "index = order.index_select", "index = order.flip(0).index_select"),
-    (
-        base,
-        "midpoints = (values[:-1] + values[1:]) / 2",
-        "midpoints = values[:-1] * 0.501 + values[1:] * 0.499",
-    ),
+    (base, "not torch.isfinite(absmax).all()", "torch.isnan(absmax).any()"),
+    (base, "dequantize_int8)(packed, out, first)", "dequantize_int8)(packed, out)"),
     (base, "(b - a) / 2 for", "(b - a) for"),
-    (base, "groups = -(-self.blocks // NESTED_BLOCK_SIZE)", "groups = self.blocks // NESTED_BLOCK_SIZE"),
+    (base, "groups = -(-self.blocks // NESTED_BLOCK)", "groups = self.blocks // NESTED_BLOCK"),
     (base, '"absmax": 4 * self.blocks', '"absmax": 2 * self.blocks'),
     (base, "self.block_size not in BLOCK_SIZES", "self.block_size % 16"),
-    (blocks, "scales = absmax[start", "scales = absmax.roll(1)[start"),
-    (blocks, "absmax[start:stop, :, None]", "absmax.bfloat16()[start:stop, :, None]"),
-    (blocks, "torch.mul(values, scale, out=target)", "torch.mul(values, scale, out=target).add_(0.01)"),
-    (blocks, "target.copy_(values.mul_(scale))", "target.copy_(values.to(out.dtype).mul_(scale))"),
-    (blocks, "block_size, n % block_size):", "block_size):"),
-    (blocks, "block_size, n % block_size):", "n % block_size):"),
-    (blocks, "bytes_ = packed[start * format.bits // 8", "bytes_ = packed[start // 2"),
-    (blocks, "index[:rows].copy_(packed[start:stop])", "index[:rows].copy_(packed[:rows])"),
-    (blocks, "absmax[start:stop, :, None], out[start:stop]", "absmax[start:stop, :, None], out[:rows]"),
-    (int8, "* 127).round()", "* 127).floor()"),
-    (int8, "* 127).round()", "* 127 + 0.5).floor()"),
-    (int8, "* 127).round()", "* 126).round()"),
+    (quantize_4bit, "(scaled > midpoint", "(scaled >= midpoint"),
+    (quantize_4bit, "codes[:, 1], codes[:, 0], alpha", "codes[:, 0], codes[:, 1], alpha"),
+    (quantize_4bit, "blocks[-1] / divisor[-1]", "blocks[-1] * (1 / divisor[-1])"),
+    (quantize_4bit, "scaled = blocks * (1 / divisor)", "scaled = blocks / divisor"),
+    (quantize_4bit, "scales.numel()] = scales", "scales.numel()] = scales.bfloat16()"),
+    (quantize_4bit, "absmax < TINY", "absmax <= TINY"),
+    (quantize_4bit, "absmax < TINY", "absmax < 0"),
+    (quantize_4bit, "blocks.abs().amax(dim=1)", "blocks.amax(dim=1)"),
+    (quantize_4bit, "F.pad(scaled, (0, 1))", "F.pad(scaled, (0, 1), value=1)"),
+    (quantize_4bit, "range(0, w.numel(), CHUNK)", "range(0, w.numel() - 1, CHUNK)"),
+    (quantize_4bit, "w[start : start + CHUNK]", "w[start : start + CHUNK - block_size]"),
+    (quantize_4bit, "device=w.device), cells)", "device=w.device), cells, right=True)"),
+    (quantize_4bit, "order.index_select", "order.flip(0).index_select"),
+    (quantize_4bit, "(values[:-1] + values[1:]) / 2", "values[:-1] * 0.501 + values[1:] * 0.499"),
+    (quantize_4bit, "(cells.diff() < 1).any()", "(cells.diff() < 0).any()"),
+    (
+        quantize_4bit,
+        "rank = torch.bucketize(scaled, midpoints)",
+        "rank = torch.bucketize(scaled, midpoints, right=True)",
+    ),
+    (quantize_int8, "* 127).round()", "* 127).floor()"),
+    (quantize_int8, "* 127).round()", "* 127 + 0.5).floor()"),
+    (quantize_int8, "* 127).round()", "* 126).round()"),
+    (quantize_int8, "part[1].numel()] = part[1]", "part[1].numel()] = part[1].bfloat16()"),
+    (quantize_int8, "range(0, n, CHUNK)", "range(0, n - 1, CHUNK)"),
+    (quantize_int8, "w[start : start + CHUNK]", "w[start : start + CHUNK - block_size]"),
+    (
+        dequantize_4bit,
+        "torch.cartesian_prod(weight.codebook, weight.codebook)",
+        "torch.cartesian_prod(weight.codebook, weight.codebook).flip(1).contiguous()",
+    ),
+    (dequantize_4bit, "slab(weight.absmax, R", "slab(weight.absmax.roll(1), R"),
+    (dequantize_4bit, SCALE, SCALE.replace("absmax", "absmax.bfloat16()")),
+    (
+        dequantize_4bit,
+        "torch.mul(values, scale, out=target)",
+        "torch.mul(values, scale, out=target).add_(0.01)",
+    ),
+    (dequantize_4bit, "target.copy_(values.mul_(scale))", "target.copy_(values.to(out.dtype).mul_(scale))"),
+    (dequantize_4bit, ROWS, "(ROW, weight.block_size)"),
+    (dequantize_4bit, ROWS, "(ROW, flat.numel() % weight.block_size)"),
+    (dequantize_4bit, "first // per_byte, stride", "first // 2, stride"),
+    (dequantize_4bit, "index[:rows].copy_(codes[start : start + rows])", "index[:rows].copy_(codes[:rows])"),
+    (dequantize_4bit, SCALE, "scale = absmax[:rows, :, None]"),
+    (dequantize_4bit, "target = out[start : start + rows]", "target = out[:rows]"),
+    (dequantize_int8, "codes.float() / 127", "codes.float() * (1 / 127)"),
+    (dequantize_int8, "codes.float() / 127", "codes.float() / 128"),
+    (dequantize_int8, "device=weight.packed.device).view(torch.int8)", "device=weight.packed.device)"),
+    (int8, "blocks.abs().amax(dim=1)", "blocks.amax(dim=1)"),
+    (int8, "largest < TINY", "largest <= TINY"),
+    (int8, "largest < TINY", "largest < 0"),
+    (int8, "len(largest)] = largest", "len(largest)] = largest.bfloat16()"),
+    (int8, "range(0, flat.numel(), CHUNK)", "range(0, flat.numel() - 1, CHUNK)"),
+    (int8, "part = flat[start : start + CHUNK]", "part = flat[start : start + CHUNK - block_size]"),
+    (int8, ".int().clamp_(0, STEPS)", ".int()"),
     (int8, "0.5 * STEPS + 0.5)", "0.5 * STEPS)"),
-    (int8, "absmax, short=False)", "absmax, short)"),
+    (int8, BEFORE_STEPS, DIVIDED + BEFORE_STEPS),
     (int8, "self.codebook.index(0.0))", "0)"),
     (int8, "STEPS = 65535", "STEPS = 65536"),
     (int8, "(values[:-1] + values[1:]) / 2)", "values[1:])"),
     (int8, "return super().bound + 1 / STEPS", "return super().bound"),
     (double_quant, "offset = absmax.mean()", "offset = absmax.median()"),
     (double_quant, "quantize(absmax - offset,", "quantize(absmax,"),
-    (double_quant, "absmax - offset, NESTED_BLOCK_SIZE)", "absmax - offset, 128)"),
-    (double_quant, ".add_(offset)", ""),
+    (double_quant, "absmax - offset, NESTED_BLOCK)", "absmax - offset, 128)"),
+    (double_quant, "absmax).add_(\n        offset\n    )", "absmax)"),
     (double_quant, "not torch.isfinite(offset)", "torch.isnan(offset)"),
     (codebook, "    -1.0,", "    -0.99,"),
     (codebook, "0.07958029955625534", "0.07958031"),
@@ -180,10 +280,16 @@ MUTANTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def filled():
+    with new_memory_filled():
+        yield
+
+
 @pytest.mark.parametrize("module", CHECKS, ids=lambda m: m.__name__)
 def test_the_check_passes_on_the_module_and_on_its_copy(module):
     CHECKS[module](module)
-    CHECKS[module](mutate(module, "import torch", "import torch"))
+    CHECKS[module](mutate(module, "import torch\n", "import torch\n"))
 
 
 @pytest.mark.parametrize("module, old, new", MUTANTS)
