@@ -3,8 +3,8 @@
 The heads of SmolLM2 (49152 x 576) and, on a GPU, of Llama 3 (128256 x 4096); n positions. A frozen head has
 the gradient of the hidden states, a trained one its own as well. Beside torch: the logits, converted to fp32,
 and its cross-entropy. Gate: loss and gradients against `cross_entropy_ref` in fp64, within harness.BOUNDS.
-Limit: the products, 2 n V D operations for the loss and as many for each gradient; head and hidden states move
-once forward and once backward. On a GPU the memory that a call takes at its peak is given as well.
+Limit: the products, 2 n V D operations for the loss and as many for each gradient; head and hidden states
+move once forward and once backward. On a GPU the memory that a call takes at its peak is given as well.
 """
 
 from functools import partial

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from minift.kernels import runtime
+from minift.kernels import library, runtime
 from minift.kernels.runtime import tl, triton
 
 BLOCK = 256
@@ -206,12 +206,16 @@ def adamw_8bit(params, grads, states, maps, step, lr, betas, eps, weight_decay):
     _check(params, grads, states, maps, step, eps)
     if not params:
         return
-    if runtime.choose("adamw_8bit", params[0].device, ("triton", "torch")) == "torch":
+    backend = runtime.choose("adamw_8bit", params[0].device, ("triton", "c", "torch"))
+    if backend == "torch":
         for piece in _pieces(params, grads, states):
             adamw_8bit_ref(*([x] for x in piece), maps, step, lr, betas, eps, weight_decay)
         return
     numbers = _numbers(step, lr, betas, eps, weight_decay)
-    if runtime.INTERPRETED and any(p.dtype == torch.bfloat16 for p in params):  # it truncates to bf16
+    if backend == "c":
+        for dtype, _, table, owner in _tables(params, grads, states):
+            library.adamw(table, owner, BLOCKS_PER_PROGRAM, dtype, maps, numbers)
+    elif runtime.INTERPRETED and any(p.dtype == torch.bfloat16 for p in params):  # it truncates to bf16
         wide = [p.float() for p in params]
         _launch(wide, [g.float() for g in grads], states, maps, numbers)
         for p, updated in zip(params, wide, strict=True):

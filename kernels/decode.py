@@ -265,8 +265,12 @@ def launch_config(kernel, config: Config, x, weight: Packed, transposed: bool, *
     """The interpreter's results are fp32 first: it truncates to bf16."""
     M, (N, K) = x.shape[0], weight.shape
     outputs = K if transposed else N
-    BLOCK_K = gcd(config.BLOCK_K, K) if transposed else min(config.BLOCK_K, weight.block_size)
-    across, steps = tiles(config._replace(BLOCK_K=BLOCK_K), N, K, transposed)
+    if transposed:  # a tile narrower than it should be is longer instead
+        width = gcd(config.BLOCK_K, K)
+        config = config._replace(BLOCK_K=width, BLOCK_N=config.BLOCK_N * config.BLOCK_K // width)
+    else:
+        config = config._replace(BLOCK_K=min(config.BLOCK_K, weight.block_size))
+    across, steps = tiles(config, N, K, transposed)
     dtype = torch.float32 if runtime.INTERPRETED else x.dtype
     out = torch.empty(M, outputs, dtype=dtype, device=x.device)
     parts = out
@@ -290,7 +294,7 @@ def launch_config(kernel, config: Config, x, weight: Packed, transposed: bool, *
         DECODE="gather" if x.dtype == torch.float32 else runtime.DECODE,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=config.BLOCK_K,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from minift.kernels import library
 from minift.kernels.packed import NESTED_BLOCK, Packed
 from minift.kernels.runtime import INTERPRETED, choose, tl, triton
 
@@ -97,9 +98,11 @@ def dequantize_4bit_kernel(
 def dequantize_4bit(weight: Packed, out: torch.Tensor, first: int = 0, stride: int = 0) -> torch.Tensor:
     """Same contract as `dequantize_4bit_ref`; one launch on GPUs, no scratch of the weight's size on CPUs."""
     check("dequantize_4bit", weight, 4, out, first, stride)
-    backend = choose("dequantize_4bit", out.device, ("triton", "torch"))
+    backend = choose("dequantize_4bit", out.device, implementations(out.dtype))
     if not out.numel():
         return out
+    if backend == "c":
+        return library.dequantize(weight, out, first, stride)
     if backend == "torch":
         pairs = torch.cartesian_prod(weight.codebook, weight.codebook)  # byte -> two numbers, (256, 2)
         return dequantize_torch(weight, pairs, out, first, stride)
@@ -121,6 +124,11 @@ def dequantize_4bit(weight: Packed, out: torch.Tensor, first: int = 0, stride: i
         ODD=out.numel() % 2,
     )
     return out
+
+
+def implementations(dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends for a dtype; fp64, in which small models are checked, is plain torch."""
+    return ("torch",) if dtype == torch.float64 else ("triton", "c", "torch")
 
 
 def cover(weight: Packed, out: torch.Tensor, first: int, stride: int):
@@ -227,8 +235,8 @@ def check(op: str, weight: Packed, bits: int, out: torch.Tensor, first: int, str
                 f"{op}: {name} is {describe(tensor)}; a weight of shape {tuple(weight.shape)} in {bits} bits "
                 f"and blocks of {size} needs {dtype} ({count},), contiguous, on {out.device}"
             )
-    if out.dtype not in DTYPES or not out.is_contiguous():
-        raise ValueError(f"{op}: out is {describe(out)}; it must be fp32, bf16 or fp16, and contiguous")
+    if out.dtype not in (*DTYPES, torch.float64) or not out.is_contiguous():
+        raise ValueError(f"{op}: out is {describe(out)}; it must be fp32, bf16, fp16 or fp64, and contiguous")
     check_range(op, n, size, out, first, stride)
 
 

@@ -11,7 +11,8 @@ Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (absmax quantization
 
 import torch
 
-from minift.kernels.dequantize_4bit import block_scales, check, cover, dequantize_torch
+from minift.kernels import library
+from minift.kernels.dequantize_4bit import block_scales, check, cover, dequantize_torch, implementations
 from minift.kernels.packed import Packed
 from minift.kernels.runtime import INTERPRETED, choose, tl, triton
 
@@ -89,9 +90,11 @@ def dequantize_int8_kernel(
 def dequantize_int8(weight: Packed, out: torch.Tensor, first: int = 0, stride: int = 0) -> torch.Tensor:
     """Same contract as `dequantize_int8_ref`; one launch on GPUs, no scratch of the weight's size on CPUs."""
     check("dequantize_int8", weight, 8, out, first, stride)
-    backend = choose("dequantize_int8", out.device, ("triton", "torch"))
+    backend = choose("dequantize_int8", out.device, implementations(out.dtype))
     if not out.numel():
         return out
+    if backend == "c":
+        return library.dequantize(weight, out, first, stride)
     if backend == "torch":
         return dequantize_torch(weight, numbers(weight).view(256, 1), out, first, stride)
     if INTERPRETED and out.dtype == torch.bfloat16:  # to which the interpreter truncates

@@ -30,7 +30,8 @@ from minift.kernels.runtime import INTERPRETED, choose, dot_dtype, tl, triton
 
 FUSED_ROWS = 128  # of x, up to which the launches cost more than what a library's larger tiles gain
 FUSED_RANK = 128
-CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+FUSED_DTYPES = (torch.bfloat16, torch.float16) + (torch.float32,) * INTERPRETED  # tensor cores have no fp32
+CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
 def lora_linear_ref(x, weight, lora_A, lora_B, scaling: float):
@@ -71,25 +72,26 @@ def lora_linear_kernel(
     X: tl.constexpr = x_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    rank = tl.arange(0, RANK).to(tl.int64)
+    rank = tl.arange(0, RANK).to(tl.int64)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        row, column = k[:, None], k[None, :]
+        row, column = k[:, None], k[None, :]  # of W^T and A^T, and of x
         x = tl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0).to(DOT)
         w = tl.load(W_ptr + row * W_k + n * W_n, mask=(row < K) & (n < N), other=0.0).to(DOT)
         a = tl.load(A_ptr + row * A_k + rank * A_r, mask=(row < K) & (rank < r), other=0.0)
         total = tl.dot(x, w, total, input_precision="ieee")
         h = tl.dot(x, rounded(a.to(tl.float32), X, DOT), h, input_precision="ieee")
     h = rounded(h, X, DOT)  # [BLOCK_M, RANK]
-    b = tl.load(B_ptr + rank[:, None] * B_r + n * B_n, mask=(rank[:, None] < r) & (n < N), other=0.0)
+    row = tl.trans(rank)  # of B^T
+    b = tl.load(B_ptr + row * B_r + n * B_n, mask=(row < r) & (n < N), other=0.0)  # [RANK, BLOCK_N]
     branch = tl.dot(h, rounded(b.to(tl.float32), X, DOT), input_precision="ieee")
     total += scaling * branch  # [BLOCK_M, BLOCK_N]
     tl.store(out_ptr + m * N + n, total.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
     if tl.program_id(1) == 0:
         h = h.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + m * r + rank[None, :], h, mask=(m < M) & (rank[None, :] < r))
+        tl.store(h_ptr + m * r + rank, h, mask=(m < M) & (rank < r))
 
 
 def fused(x, weight, lora_A, lora_B, scaling: float):
@@ -98,25 +100,26 @@ def fused(x, weight, lora_A, lora_B, scaling: float):
     dtype = torch.float32 if INTERPRETED else x.dtype  # which truncates to bf16
     out, h = (torch.empty(M, size, dtype=dtype, device=x.device) for size in (N, r))
     grid = (triton.cdiv(M, CONFIG["BLOCK_M"]), triton.cdiv(N, CONFIG["BLOCK_N"]))
-    lora_linear_kernel[grid](
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        h,
-        out,
-        M,
-        N,
-        K,
-        r,
-        scaling,
-        *weight.stride(),
-        *lora_A.stride(),
-        *lora_B.stride(),
-        DOT=dot_dtype(x),
-        RANK=max(16, triton.next_power_of_2(r)),
-        **CONFIG,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        lora_linear_kernel[grid](
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            h,
+            out,
+            M,
+            N,
+            K,
+            r,
+            scaling,
+            *weight.stride(),
+            *lora_A.stride(),
+            *lora_B.stride(),
+            DOT=dot_dtype(x),
+            RANK=max(16, triton.next_power_of_2(r)),
+            **CONFIG,
+        )
     return out.to(x.dtype), h.to(x.dtype)
 
 
@@ -175,17 +178,19 @@ def _fuses(x, weight, lora_A) -> bool:
     """Whether the kernel runs: a dense matrix, few rows, a rank whose h fits beside the tile."""
     if choose("lora_linear", x.device, ("triton", "torch")) == "torch" or isinstance(weight, Packed):
         return False
-    return 0 < x.shape[0] <= FUSED_ROWS and min(lora_A.shape) <= FUSED_RANK and x.dtype != torch.float64
+    return 0 < x.shape[0] <= FUSED_ROWS and lora_A.shape[0] <= FUSED_RANK and x.dtype in FUSED_DTYPES
 
 
 def _check(x, weight, lora_A, lora_B):
-    N, K = weight.shape
-    r = lora_A.shape[0]
-    if x.dim() != 2 or x.shape[1] != K or lora_A.shape != (r, K) or lora_B.shape != (N, r):
+    X, W, A, B = (tuple(matrix.shape) for matrix in (x, weight, lora_A, lora_B))
+    matrices = len(X) == len(W) == len(A) == len(B) == 2
+    if not (matrices and X[1] == W[1] == A[1] and W[0] == B[0] and A[0] == B[1]):
         raise ValueError(
-            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
-            f"lora_B {tuple(lora_B.shape)}; they are (M, K), (N, K), (r, K) and (N, r)"
+            f"lora_linear: x {X}, weight {W}, lora_A {A}, lora_B {B}; "
+            "they are (M, K), (N, K), (r, K) and (N, r)"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"lora_linear: x is {x.dtype}; it must be of a floating-point dtype")
     dense = () if isinstance(weight, Packed) else (weight,)
     for name, tensor in zip(("x", "weight"), (x, *dense), strict=False):
         if not tensor.is_contiguous():

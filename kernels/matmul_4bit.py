@@ -23,7 +23,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, equations 5 and 6.
 import torch
 from torch.autograd.function import once_differentiable
 
-from minift.kernels import slabs
+from minift.kernels import library, runtime, slabs
 from minift.kernels.decode import Config, block_scales, decode_4bit, launch, load_table, scaled
 from minift.kernels.dequantize_4bit import dequantize_4bit, dequantize_4bit_ref
 from minift.kernels.packed import Packed
@@ -37,7 +37,7 @@ CONFIGS = [
     Config(128, 128, 64, 8, 3, 1),
 ]
 TRANSPOSED_CONFIGS = [
-    *(Config(16, 64, 256, 4, 3, splits) for splits in (1, 2, 4, 8, 16)),
+    *(Config(16, 32, 256, 4, 4, splits) for splits in (1, 2, 4, 8, 16)),
     *(Config(64, 64, 128, 4, 3, splits) for splits in (1, 2, 4, 8)),
 ]
 
@@ -159,6 +159,8 @@ def product(x, weight, transposed):
         return x.new_zeros(M, K if transposed else N)
     if slabs.path("matmul_4bit", M, weight, x.dtype, transposed) == "slabs":
         return slabs.matmul_slabs(x, weight, dequantize_4bit, transposed)
+    if runtime.choose("matmul_4bit", x.device, ("triton", "c")) == "c":
+        return library.matmul(x, weight).to(x.dtype)
     table = {"codebook_ptr": weight.codebook}
     if transposed:
         return launch(matmul_4bit_transposed_kernel, TRANSPOSED_CONFIGS, x, weight, True, **table)

@@ -6,7 +6,7 @@
     W[n, k] = codebook[code[n, k]] * absmax[...] with a table of 256 numbers: always through slabs
 
 Few rows are one fused launch, limited by reading W once, 1.02 bytes a weight under double quantization. An
-H200 then has 8 instructions a weight to spend; the loops here have 4.9 and 6.7 (BUILDS in
+H200 then has 8 instructions a weight to spend; the loops here have 4.9 and 6.5 (BUILDS in
 tests/kernels/test_matmul_int8.py holds the figures). Codes are exact in bf16 and fp16: tensor cores multiply
 x by them, and the sum over a block is multiplied by its absmax in fp32. The product with W itself sums over
 n, along which absmax changes, so there each weight is scaled. Many rows: kernels/slabs.py.
@@ -23,7 +23,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (absmax quantization
 import torch
 from torch.autograd.function import once_differentiable
 
-from minift.kernels import slabs
+from minift.kernels import library, runtime, slabs
 from minift.kernels.decode import Config, block_scales, decode_int8, launch, rounded
 from minift.kernels.dequantize_int8 import dequantize_int8, dequantize_int8_ref
 from minift.kernels.packed import Packed
@@ -36,7 +36,7 @@ CONFIGS = [
     *(Config(64, 128, 64, 4, 3, splits) for splits in (1, 4, 8)),
 ]
 TRANSPOSED_CONFIGS = [
-    *(Config(16, 64, 256, 4, 3, splits) for splits in (1, 2, 4, 8, 16)),
+    *(Config(16, 32, 256, 4, 4, splits) for splits in (1, 2, 4, 8, 16)),
     *(Config(64, 64, 128, 4, 3, splits) for splits in (1, 2, 4, 8)),
 ]
 
@@ -149,6 +149,8 @@ def product(x, weight, transposed):
         return x.new_zeros(M, K if transposed else N)
     if slabs.path("matmul_int8", M, weight, x.dtype, transposed) == "slabs":
         return slabs.matmul_slabs(x, weight, dequantize_int8, transposed)
+    if runtime.choose("matmul_int8", x.device, ("triton", "c")) == "c":
+        return library.matmul(x, weight).to(x.dtype)
     if transposed:
         return launch(matmul_int8_transposed_kernel, TRANSPOSED_CONFIGS, x, weight, True)
     return launch(matmul_int8_kernel, CONFIGS, x, weight, False)

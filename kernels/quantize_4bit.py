@@ -14,6 +14,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; bit for bit what bits
 import torch
 import torch.nn.functional as F
 
+from minift.kernels import library
 from minift.kernels.dequantize_4bit import BLOCK_SIZES, DTYPES, describe
 from minift.kernels.runtime import choose, tl, triton
 
@@ -116,11 +117,15 @@ def quantize_4bit(w, codebook, block_size: int) -> tuple[torch.Tensor, torch.Ten
         raise ValueError(
             f"quantize_4bit: codebook is {describe(codebook)}; it must be torch.float32 (16,) on {w.device}"
         )
-    n, backend = w.numel(), choose("quantize_4bit", w.device, ("triton", "torch"))
+    n, backend = w.numel(), choose("quantize_4bit", w.device, ("triton", "c", "torch"))
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=w.device)
     if backend == "torch":
         quantize_torch(w, codebook, block_size, packed, absmax)
+    elif backend == "c":
+        midpoints, order = boundaries(codebook)
+        midpoints = F.pad(midpoints, (0, 1), value=float("inf"))
+        library.quantize(w, block_size, midpoints, order.int(), packed, absmax)
     elif n:
         midpoints, order = boundaries(codebook)
         grid, constants = cover(w, block_size)

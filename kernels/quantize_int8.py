@@ -10,6 +10,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (absmax quantization
 
 import torch
 
+from minift.kernels import library
 from minift.kernels.quantize_4bit import CHUNK, check, cover, over_absmax, over_absmax_of_tile
 from minift.kernels.runtime import choose, tl, triton
 
@@ -53,7 +54,7 @@ def quantize_int8_kernel(
 def quantize_int8(w, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Same contract as `quantize_int8_ref`; nothing of the weight's own size is made but the result."""
     check("quantize_int8", w, block_size)
-    n, backend = w.numel(), choose("quantize_int8", w.device, ("triton", "torch"))
+    n, backend = w.numel(), choose("quantize_int8", w.device, ("triton", "c", "torch"))
     packed = torch.empty(n, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=w.device)
     if backend == "torch":
@@ -61,6 +62,8 @@ def quantize_int8(w, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
             part = quantize_int8_ref(w[start : start + CHUNK], block_size)
             packed[start : start + CHUNK] = part[0]
             absmax[start // block_size : start // block_size + part[1].numel()] = part[1]
+    elif backend == "c":
+        library.quantize(w, block_size, None, None, packed, absmax)
     elif n:
         grid, constants = cover(w, block_size)
         quantize_int8_kernel[grid](w, packed, absmax, n, **constants)

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 
 import torch
 
+from minift.kernels import library
+
 try:
     import triton
     import triton.language as tl
@@ -77,6 +79,10 @@ def missing(backend: str, device: torch.device, has: tuple[str, ...]) -> str | N
             return "Triton is not installed"
         if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
             return f"Triton runs on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1; got {device}"
+    if backend == "c" and device.type != "cpu":
+        return f"the C file runs on CPU tensors; got {device}"
+    if backend == "c" and library.LIBRARY is None:
+        return f"the C file is {library.WHY}"
     return None
 
 

@@ -16,24 +16,24 @@ from math import gcd
 import torch
 
 from minift.kernels import runtime
-from minift.kernels.dequantize_4bit import DTYPES, describe
+from minift.kernels.dequantize_4bit import DTYPES, describe, implementations
 from minift.kernels.dequantize_4bit import check as check_weight
 from minift.kernels.packed import Packed
 
 SLAB = {"cpu": 2**22, "cuda": 2**23}  # elements; 16 MB of bf16 stay in a large GPU's L2 cache
-ROWS = 64  # up to here a product is fused, where PATHS does not say otherwise
+ROWS = {"triton": 64, "c": 16}  # up to here a product is fused, where PATHS does not say otherwise
 PATHS: dict[tuple, str] = {}  # (op, transposed, bucket of M, N, K) -> "fused" or "slabs", where measured
 
 
 def path(op: str, M: int, weight: Packed, dtype: torch.dtype, transposed: bool = False) -> str:
     """ "fused" or "slabs": what `op` does for M rows of a dtype; raises where the asked one cannot run."""
-    asked = runtime.setting("path")
-    reason = why_not_fused(op, weight, dtype)
+    asked, backend = runtime.setting("path"), runtime.choose(op, weight.packed.device, implementations(dtype))
+    reason = why_not_fused(backend, weight, dtype, transposed)
     if asked == "fused" and reason:
         raise RuntimeError(f"{op}: path 'fused' was asked for and cannot run: {reason}")
     if reason:
         return "slabs"
-    usual = "fused" if M <= ROWS else "slabs"
+    usual = "slabs" if ROWS[backend] < M else "fused"
     return asked or PATHS.get((op, transposed, bucket(M), *weight.shape), usual)
 
 
@@ -42,17 +42,19 @@ def bucket(M: int) -> int:
     return max(16, 1 << (M - 1).bit_length())
 
 
-def why_not_fused(op: str, weight: Packed, dtype: torch.dtype) -> str | None:
+def why_not_fused(backend: str, weight: Packed, dtype: torch.dtype, transposed: bool) -> str | None:
     (_, K), size = weight.shape, weight.block_size
-    if runtime.choose(op, weight.packed.device, ("triton", "torch")) != "triton":
-        return "only Triton has fused products"
-    if dtype == torch.float32 and not runtime.INTERPRETED:
+    if backend == "torch":
+        return "plain torch has no fused products"
+    if backend == "c" and transposed:
+        return "the C file has no transposed products"
+    if backend == "triton" and dtype == torch.float32 and not runtime.INTERPRETED:
         return "tensor cores do not multiply fp32; use bf16 or fp16"
     if weight.bits == 8 and weight.codebook is not None:
         return "8-bit codes are multiplied without a codebook alone"
     if K % size:
         return f"in_features {K} is no multiple of the block size, {size}"
-    if weight.packed.data_ptr() % 16:
+    if backend == "triton" and weight.packed.data_ptr() % 16:
         return "the codes do not start at a multiple of 16 bytes"
     return None
 
@@ -85,8 +87,8 @@ def slab_width(outputs: int, length: int, unit: int, elements: int) -> int:
 
 def check(op: str, x: torch.Tensor, weight: Packed, bits: int, transposed: bool) -> None:
     """Refuses what the products do not take, with the reason."""
-    if x.dtype not in DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"{op}: x is {describe(x)}; it must be fp32, bf16 or fp16, 2-D and contiguous")
+    if x.dtype not in (*DTYPES, torch.float64) or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"{op}: x is {describe(x)}; it must be fp32, bf16, fp16 or fp64, 2-D and contiguous")
     check_weight(op, weight, bits, x.new_empty(0), 0, 0)
     if len(weight.shape) != 2:
         raise ValueError(f"{op}: the weight has shape {tuple(weight.shape)}; a product needs a matrix (N, K)")

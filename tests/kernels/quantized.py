@@ -131,7 +131,7 @@ def slow_dequantize(q, dtype):
 
 def same_bits(got, want):
     """The same numbers, signs of zeros included; any NaN is as good as another."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     nan = (got != got) & (want != want)
     equal = got.dtype == want.dtype and got.shape == want.shape
     return equal and bool(((got.view(integers) == want.view(integers)) | nan).all())

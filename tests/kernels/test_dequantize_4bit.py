@@ -68,7 +68,7 @@ def test_torch_gives_the_bits_of_the_reference_however_it_is_cut(chunk, monkeypa
     st.sampled_from(["nf4", "fp4"]),
     st.sampled_from(BLOCK_SIZES[:4]),
     st.booleans(),
-    st.sampled_from(DTYPES),
+    st.sampled_from([*DTYPES, torch.float64]),
     st.tuples(st.integers(1, 70), st.integers(1, 70)),
 )
 def test_the_reference_gives_the_bits_of_a_slow_one(format, block_size, nested, dtype, shape):
@@ -131,7 +131,7 @@ WRONG = [
     ({"offset": None}, {}, "offset is None"),
     ({"nested_codebook": torch.ones(16)}, {}, r"nested_codebook is .* \(256,\)"),
     ({"block_size": 48}, {}, "block_size is 48; supported: 32, 64, "),
-    ({}, {"out": OUT.double()}, "out is torch.float64 .* it must be fp32, bf16 or fp16"),
+    ({}, {"out": OUT.int()}, "out is torch.int32 .* it must be fp32, bf16"),
     ({}, {"out": OUT.t()}, "out is .* not contiguous; it must be"),
     ({}, {"out": torch.empty(7, 64)}, "out holds elements 0 to 447 of 384"),
     ({}, {"out": OUT[0], "first": 32}, "out holds elements 32 to 95 .* must be a multiple of .* 64"),

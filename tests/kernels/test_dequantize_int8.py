@@ -70,7 +70,7 @@ def test_torch_gives_the_bits_of_the_reference_however_it_is_cut(chunk, monkeypa
     st.sampled_from(["int8", "int8_dynamic"]),
     st.sampled_from(BLOCK_SIZES[:4]),
     st.booleans(),
-    st.sampled_from(DTYPES),
+    st.sampled_from([*DTYPES, torch.float64]),
     st.tuples(st.integers(1, 70), st.integers(1, 70)),
 )
 def test_the_reference_gives_the_bits_of_a_slow_one(format, block_size, nested, dtype, shape):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.kernels import library
+from minift.kernels import library, runtime
 from minift.kernels.dequantize_4bit import dequantize_4bit_ref
 from minift.kernels.dequantize_int8 import dequantize_int8_ref
 from minift.kernels.packed import Packed
@@ -26,15 +26,9 @@ pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=f"the C file is 
 
 
 def packed(w, format="nf4", block_size=64, double_quant=False) -> Packed:
-    q = quantize_weight(w, format, block_size, double_quant)
-    return Packed(
-        q.packed,
-        q.absmax,
-        None if format == "int8" else FORMATS[format].values("cpu"),
-        q.shape,
-        block_size,
-        *((q.nested_absmax, q.offset, FORMATS["int8_dynamic"].values("cpu")) if double_quant else ()),
-    )
+    with runtime.using("torch"):
+        q = quantize_weight(w, format, block_size, double_quant)
+    return q.as_packed()
 
 
 def same(a, b):
@@ -112,7 +106,8 @@ def quantized(w, format, block_size):
 
 
 def check_quantize(w, format, block_size):
-    expected = FORMATS[format].quantize(w, block_size)
+    with runtime.using("torch"):
+        expected = FORMATS[format].quantize(w, block_size)
     got = quantized(w, format, block_size)
     assert torch.equal(got[0], expected[0]) and same(got[1], expected[1])
 

@@ -77,7 +77,9 @@ def test_no_error_is_above_its_proven_bound(format, scale):
 def test_an_error_is_the_same_however_the_weight_is_cut(format, monkeypatch):
     w = torch.randn(70, 130)
     quantized = minift.quantize_weight(w, format, 32)
+    before = w.clone()
     relative, of_bound = weight_error(w, quantized)
+    assert torch.equal(w, before)
     monkeypatch.setattr("minift.quant.model.CHUNK", 1000)  # whole blocks of it
     cut, of_bound_cut = weight_error(w, quantized)
     assert cut == pytest.approx(relative, rel=9100 * 2**-52) and of_bound_cut == of_bound  # sums in fp64
@@ -118,9 +120,11 @@ def test_what_cannot_be_quantized_says_why_and_nothing_is_replaced():
     for change in (lambda w: w.fill_(3e38), lambda w: w.double()):
         layer = model.model.layers[1].mlp.up_proj
         layer.weight = nn.Parameter(change(layer.weight.data))
+        before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight.* (overflows fp32|torch.float64)"):
             minift.quantize_model(model)
         assert not quantized(model) and not model.quantization
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_layer_is_quantized_once_and_before_adapters():
