@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import backend, peer, products
+from benchmarks.limits import DEVICE
 from benchmarks.weights import (
     copies,
     dtypes,
@@ -24,12 +25,18 @@ from benchmarks.weights import (
     shapes,
     stands_for,
 )
+from minift.kernels import runtime
 from minift.kernels.dequantize_4bit import dequantize_4bit_ref
 from minift.kernels.matmul_4bit import matmul_4bit
 
 
 def exactly(W):
     return lambda x: x @ W.double().t()
+
+
+def along(path: str, x, weight):
+    with runtime.using(path=path):
+        return matmul_4bit(x, weight)
 
 
 def sides_of(w, weight, left_out: dict) -> dict:
@@ -39,6 +46,9 @@ def sides_of(w, weight, left_out: dict) -> dict:
         "minift": ([partial(matmul_4bit, weight=each) for each in packed], exact),
         "torch dense": ([partial(F.linear, weight=each) for each in copies(W)], exact),
     }
+    if DEVICE == "cuda":  # where minift takes one of them
+        for path in runtime.PATHS:
+            sides[path] = ([partial(along, path, weight=each) for each in packed], exact)
     with peer("bitsandbytes", left_out):
         layers = {m: [linear4bit(w, weight.nested, m == "train") for _ in packed] for m in ("train", "eval")}
         truth = exactly(stands_for(layers["train"][0]))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import backend, peer, products
+from benchmarks.limits import DEVICE
 from benchmarks.weights import (
     BLOCK_SIZE,
     copies,
@@ -25,6 +26,7 @@ from benchmarks.weights import (
     row_counts,
     shapes,
 )
+from minift.kernels import runtime
 from minift.kernels.dequantize_int8 import dequantize_int8_ref
 from minift.kernels.matmul_int8 import matmul_int8
 
@@ -42,6 +44,11 @@ def weight_only(w):
     return layer
 
 
+def along(path: str, x, weight):
+    with runtime.using(path=path):
+        return matmul_int8(x, weight)
+
+
 def sides_of(w, weight, left_out: dict) -> dict:
     packed, W = copies(weight), dequantize_int8_ref(weight, torch.empty_like(w))
     exact = exactly(W)
@@ -49,6 +56,9 @@ def sides_of(w, weight, left_out: dict) -> dict:
         "minift": ([partial(matmul_int8, weight=each) for each in packed], exact),
         "torch dense": ([partial(F.linear, weight=each) for each in copies(W)], exact),
     }
+    if DEVICE == "cuda":  # where minift takes one of them
+        for path in runtime.PATHS:
+            sides[path] = ([partial(along, path, weight=each) for each in packed], exact)
     with peer("bitsandbytes", left_out):
         from bitsandbytes.functional import dequantize_blockwise
 

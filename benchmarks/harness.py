@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.limits import DEVICE, copy_bandwidth, machine, matmul_rate, roofline
-from minift.kernels import runtime
+from minift.kernels import library, runtime
 
 RESULTS = Path(__file__).parent / "results"
 GRAPH_SECONDS = 4e-3  # of calls, each launched by itself, that one CUDA graph holds
@@ -66,12 +66,13 @@ def peer(name: str, left_out: dict[str, str]):
 
 
 def backend(call: Callable) -> str:
-    """The backend that `auto` takes for a call: the first that has the op on this machine."""
-    for name in runtime.BACKENDS[1:]:
+    """The backend that a call ran on: the asked one, or the first that has the op on this machine."""
+    asked = runtime.setting("backend")
+    for name in runtime.BACKENDS[1:] if asked == "auto" else (asked,):
         try:
             with runtime.using(name):
                 call()
-            return name
+            return f"c, {library.WHY.partition(',')[0]}" if name == "c" else name
         except RuntimeError as error:
             if "was asked for and cannot run" not in str(error):
                 raise
@@ -203,7 +204,8 @@ def products(labels: dict, sides: dict, inputs: tuple, moved: int, flops: tuple,
 
     `sides`: name -> (calls, exact). Each call takes `inputs`, whose gradients the backward gives; `exact` is
     the same product, to be called in fp64. A side whose name ends in "train" runs its forward with autograd,
-    as training does; one that ends in "eval" has no backward and may compute in bf16.
+    as training does; one that ends in "eval" has no backward and may compute in bf16. One of minift's paths
+    alone (runtime.PATHS) has no backward either.
     """
     torch.manual_seed(0)
     plain = [x.detach() for x in inputs]
@@ -219,7 +221,7 @@ def products(labels: dict, sides: dict, inputs: tuple, moved: int, flops: tuple,
 
     passes = {"forward": {n: [forward(n, c) for c in calls] for n, (calls, _) in sides.items()}}
     if len(flops) == 2:
-        trained = {n: calls for n, (calls, _) in sides.items() if not n.endswith("eval")}
+        trained = {n: c for n, (c, _) in sides.items() if n not in runtime.PATHS and not n.endswith("eval")}
         passes["forward + backward"] = {n: [partial(both, c) for c in calls] for n, calls in trained.items()}
     rows = []
     for turn, (what, calls) in enumerate(passes.items()):

@@ -177,7 +177,7 @@ def weight_error(w: torch.Tensor, quantized: QuantizedWeight) -> tuple[float, fl
         used = scales[a // size : -(-b // size)]
         q = torch.empty(b - a, dtype=torch.float32, device=w.device)
         layout.format.dequantize(packed, q, first=a)
-        error, original = (flat[a:b].float() - q).abs_(), flat[a:b].float().abs_()
+        error, original = (flat[a:b].float() - q).abs_(), flat[a:b].float().abs()
         squared_error += error.double().square().sum().item()
         squared += original.double().square().sum().item()
         largest, absmax = _block_max(error, size), _block_max(original, size)

@@ -122,7 +122,7 @@ def quantize_weight(
     if w.dtype == torch.float64:
         raise ValueError(f"{name} is torch.float64; blocks are computed in fp32, so convert it first")
     try:
-        packed, absmax = layout.format.quantize(w.detach().reshape(-1), block_size)
+        packed, absmax = layout.format.quantize(w.detach().reshape(-1).contiguous(), block_size)
     except NotFinite:
         raise not_finite(w, name) from None
     tensors = {"packed": packed}

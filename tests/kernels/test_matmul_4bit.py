@@ -210,7 +210,7 @@ def test_a_way_that_cannot_run_is_an_error():
 def test_the_grid_on_the_gpu(dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
-    products.compare_the_grid(matmul_4bit, "matmul_4bit", dtype, 4, rule)
+    products.compare_the_grid(matmul_4bit, dtype, 4, rule)
 
 
 MUTANTS = [

@@ -144,7 +144,7 @@ def test_what_a_product_does_not_take_is_an_error():
 def test_the_grid_on_the_gpu(dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
-    products.compare_the_grid(matmul_int8, "matmul_int8", dtype, 8, rule)
+    products.compare_the_grid(matmul_int8, dtype, 8, rule)
 
 
 MUTANTS = [
