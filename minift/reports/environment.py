@@ -6,16 +6,25 @@ from importlib import metadata
 
 import torch
 
-import minift
 from minift.fetch import cache_folder
 from minift.kernels import library, runtime
 
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "gguf", "matplotlib", "tensorboard")
+PACKAGES = (
+    "minift",
+    "torch",
+    "triton",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "matplotlib",
+    "tensorboard",
+)
 
 
 def environment() -> list[tuple[str, str]]:
     """(what, how it is here), in the order of the page."""
-    rows = [("minift", f"{minift.__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    rows = [("Python", f"{platform.python_version()}, {platform.platform()}")]
     for package in PACKAGES:
         try:
             rows.append((package, metadata.version(package)))

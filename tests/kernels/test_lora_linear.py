@@ -3,16 +3,14 @@
 from contextlib import nullcontext
 from itertools import product
 
-import products
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from machine_code import Build, inspect_build
 from mutants import survives
-from products import BF16, FP16, FP32, assert_within, operand, rows
+from products import BF16, FP16, FP32, assert_within, guarded, operand, rows
 from quantized import on_gpu, to
-from torch.autograd.graph import saved_tensors_hooks
 
 from minift.kernels import lora_linear as op
 from minift.kernels import runtime, slabs
@@ -22,7 +20,6 @@ from minift.quant.weight import quantize_weight
 
 # M, N, K, r, dtype of x, scaling, weight: None for a dense one, or (format, block size, double quantization)
 CASES = [
-    (1, 1, 1, 1, FP32, 2.0, None),
     (1, 64, 64, 16, BF16, 2.0, None),  # one whole tile
     (2, 65, 63, 3, FP16, -0.3, None),
     (3, 31, 129, 64, BF16, 0.7, None),
@@ -37,16 +34,14 @@ CASES = [
     (66, 8, 70, 1, FP32, 0.7, ("nf4", 64, False)),  # K is no multiple of the block
     (3, 40, 64, 64, FP32, 2.0, ("int8", 64, False)),
     (2, 31, 128, 3, BF16, 0.3, ("int8", 32, True)),
-    (0, 7, 64, 3, FP32, 2.0, ("int8", 64, True)),
 ]
 # Enough to notice a mutant: several tiles of rows, columns and the sum, and one column of tiles
 FEW = [(66, 70, 40, 3, FP16, 0.7, None), (2, 33, 70, 5, BF16, -2.0, None)]
 WEIGHTS = [None, ("nf4", 64, True), ("int8", 32, False)]
 
 
-# The bounds are those of sums in fp32, also in the library.
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+matmul = torch.backends.cuda.matmul  # sums in fp32, as in the bounds
+matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def exactly(x):
@@ -88,8 +83,7 @@ def expected(x, W, A, B, scaling, dy, fuses):
     x, dy, A, B, W, W_back = (exactly(tensor) for tensor in (x, dy, A.to(X), B.to(X), *W))
     h, g, y, dx = rounded(dot(x, A.mT), X), rounded(dot(dy, B), X), dot(x, W.mT), dot(dy, W_back)
     dh = rounded(plus(0 * g, scaling, g), X)
-    if not fuses:
-        y, dx = rounded(y, X), rounded(dx, X)
+    y, dx = (y, dx) if fuses else (rounded(y, X), rounded(dx, X))
     y = plus(y, scaling, dot(h, B.mT))
     dx = plus(dx, scaling, dot(g, A)) if fuses else plus(dx, 1, dot(dh, A))
     dA, dB = dot(dh.mT, x), rounded(dot(dy.mT, h), X)
@@ -131,7 +125,7 @@ def check(module, cases=FEW, backend="triton", device="cpu", lay=torch.clone):
         before = [tensor.clone() for tensor in inputs]
         with runtime.using(backend):
             fuses = op._fuses(x, W, A)
-            with products.guarded() if fuses else nullcontext([]) as buffers:
+            with guarded() if fuses else nullcontext([]) as buffers:
                 results = run(module, x, W, A, B, scaling, dy)
             ways = multiplied(W, x, False), multiplied(W, dy, True)
         assert len(buffers) == 4 * fuses  # two launches with two results
@@ -160,9 +154,20 @@ def test_torch_stays_within_the_bounds_and_so_does_the_reference(case):
     assert_within(got, *rounded(plus(y, 1, branch), X))
 
 
-@given(*[st.integers(0, 12)] * 4, st.sampled_from([FP32, BF16]), st.floats(-2, 2, width=16))
-def test_torch_stays_within_the_bounds_of_any_shape_and_scaling(M, N, K, r, dtype, scaling):
-    check(op, [(M, N, K, r, dtype, scaling, None)], "torch")
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "strided": lambda t: torch.stack((t, t + 1), dim=2).flatten(1)[:, ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+}
+ANY = st.integers(0, 12)
+
+
+@given(
+    ANY, ANY, ANY, ANY, *map(st.sampled_from, ([FP32, BF16], WEIGHTS, [*LAYOUTS.values()])), st.floats(-2, 2)
+)
+def test_torch_stays_within_the_bounds_of_any_shape_and_layout(M, N, K, r, dtype, weight, lay, scaling):
+    check(op, [(M, N, K, r, dtype, scaling, weight if N * K else None)], "torch", lay=lay)
 
 
 @pytest.mark.parametrize("weight, dtype", [*product(WEIGHTS, (FP32, BF16, FP16))], ids=str)
@@ -172,14 +177,6 @@ def test_without_a_branch_the_result_is_bitwise_the_base_product(weight, dtype):
         base = [op.base_product(x, W), op.base_product(dy, W, transposed=True), 0 * A, 0 * B]
         assert all(torch.equal(a, b) for a, b in zip(run(op, x, W, A, B, 0.0, dy), base, strict=True))
         assert torch.equal(op.lora_linear(x, W, A, 0 * B, 2.0), base[0])
-
-
-LAYOUTS = {
-    "transposed": lambda t: t.t().contiguous().t(),
-    "strided": lambda t: torch.stack((t, t + 1), dim=2).flatten(1)[:, ::2],
-    "expanded": lambda t: t[:1].expand(t.shape),
-    "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
-}
 
 
 @pytest.mark.triton
@@ -194,25 +191,19 @@ def test_the_kernel_gives_the_same_bits_however_tensors_lie_and_without_a_branch
     assert torch.equal(op.lora_linear(x, W, A, B, 0.0), op.lora_linear(x, W, A, 0 * B, 2.0))
 
 
-@pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
-def test_torch_stays_within_the_bounds_however_tensors_lie(lay):
-    check(op, [(5, 40, 64, 3, BF16, 0.7, weight) for weight in WEIGHTS], "torch", lay=lay)
-
-
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_autograd_keeps_the_weight_as_it_is_stored_and_h(weight):
     x, W, A, B, scaling, _ = draw((5, 40, 64, 3, BF16, 0.7, weight))
     stored = [field for field in (W if weight else [W]) if isinstance(field, torch.Tensor)]
-    known, kept = {tensor.data_ptr() for tensor in (x, A, B, *stored)}, []
-    with saved_tensors_hooks(kept.append, None):
-        op.lora_linear(x.requires_grad_(), W, A, B, scaling)
-    assert known <= {tensor.data_ptr() for tensor in kept}
+    node = op.lora_linear(x.requires_grad_(), W, A, B, scaling).grad_fn
+    known, kept = (x, A, B, *stored), [tensor for tensor in node.saved_tensors if tensor is not None]
+    known = {tensor.data_ptr() for tensor in known}
+    assert known <= {tensor.data_ptr() for tensor in kept} and vars(node).keys() == {"layout", "scaling"}
     assert [(t.shape, t.dtype) for t in kept if t.data_ptr() not in known] == [((5, 3), BF16)]  # h
 
 
-@pytest.mark.parametrize("M, N, K, r", [(1, 1, 1, 1), (3, 5, 4, 2), (2, 3, 7, 4)])
-def test_gradcheck(M, N, K, r):
-    x, W, A, B, scaling, _ = draw((M, N, K, r, torch.float64, 0.7, None))
+def test_gradcheck():
+    x, W, A, B, scaling, _ = draw((2, 3, 7, 4, torch.float64, 0.7, None))
     leaves = [tensor.double().requires_grad_() for tensor in (x, A, B)]
     assert torch.autograd.gradcheck(lambda x, A, B: op.lora_linear(x, W, A, B, scaling), leaves)
 
@@ -296,18 +287,14 @@ def build(x, transposed, r):
     constants = dict.fromkeys(("W_n", "A_r", "B_n") if transposed else ("W_k", "A_k", "B_r"), 1)
     constants |= {"DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[x], "RANK": r, **op.CONFIG}
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-    types = dict.fromkeys(("x_ptr", "W_ptr", "h_ptr", "out_ptr"), "*" + x)
-    types |= {"A_ptr": "*fp32", "B_ptr": "*fp32", "scaling": "fp32"}
-    signature = {name: types.get(name, "i32") for name in op.lora_linear_kernel.arg_names}
-    signature = {name: type for name, type in signature.items() if name not in constants}
-    name, tile = f"{x}, rank {r}" + ", transposed" * transposed, op.CONFIG["BLOCK_N"] * op.CONFIG["BLOCK_K"]
-    more = {
-        "budget": (6 if r == 16 else 10) + transposed,
-        "promises": ("tensor", "LDGSTS.E.128", "STG.E.128"),
-    }
+    types = {"A_ptr": "*fp32", "B_ptr": "*fp32", "scaling": "fp32"}
+    types = {name: "*" + x if "ptr" in name else "i32" for name in op.lora_linear_kernel.arg_names} | types
+    signature = {name: type for name, type in types.items() if name not in constants}
     aligned = tuple(name for name in signature if name not in ("M", "scaling"))
-    launch = constants, warps, stages, aligned, tile / (32 * warps)
-    return Build(name, op.lora_linear_kernel, signature, *launch, **more)
+    elements, budget = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * warps), 6 if r == 16 else 10
+    more = {"budget": budget + transposed, "promises": ("tensor", "LDGSTS.E.128", "STG.E.128")}
+    launch = signature, constants, warps, stages, aligned, elements
+    return Build(f"{x}, rank {r}" + ", transposed" * transposed, op.lora_linear_kernel, *launch, **more)
 
 
 BUILDS = [build(*row) for row in product(("bf16", "fp16"), (False, True), (16, 128))]
