@@ -257,11 +257,13 @@ def report(name: str, rows: list[dict], details: dict, folder: Path | None) -> N
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    device = details.pop("device", DEVICE)
+    device, where = details.pop("device", DEVICE), {**machine(), "backend": details.pop("backend", None)}
     stem = f"{name}_gpu" if device == "cuda" else name
-    result = {"machine": {**machine(), "backend": details.pop("backend", None)}, "rows": rows, **details}
+    roofline(rows, where["limits"], folder / f"{stem}.png")
+    if device == "any":
+        where = {key: where[key] for key in ("versions", "commit", "date")}
+    result = {"machine": where, "rows": rows, **details}
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-    roofline(rows, result["machine"]["limits"], folder / f"{stem}.png")
     parts = [f"# {name}"]
     for title, stem in [("", name)] if device == "any" else [("CPU", name), ("GPU", f"{name}_gpu")]:
         path = next((p for f in (folder, RESULTS) if (p := f / f"{stem}.json").exists()), None)
@@ -273,7 +275,9 @@ def report(name: str, rows: list[dict], details: dict, folder: Path | None) -> N
 def section(result: dict) -> list[str]:
     """What the figures belong to, the table, and what is not in it."""
     where = result["machine"]
-    facts = [f"{where['cpu']}; {where['threads']} threads; GPU: {where['gpu'] or 'none'}"]
+    facts = []
+    if "cpu" in where:
+        facts.append(f"{where['cpu']}; {where['threads']} threads; GPU: {where['gpu'] or 'none'}")
     if where.get("backend"):
         facts.append(f"backend: {where['backend']}")
     facts.append(", ".join(f"{k} {v}" for k, v in where.get("limits", {}).items()))

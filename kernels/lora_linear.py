@@ -176,7 +176,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _fuses(x, weight, lora_A) -> bool:
     """Whether the kernel runs: a dense matrix, few rows, a rank whose h fits beside the tile."""
-    if choose("lora_linear", x.device, ("triton", "torch")) == "torch" or isinstance(weight, Packed):
+    if isinstance(weight, Packed) or choose("lora_linear", x.device, ("triton", "torch")) == "torch":
         return False
     return 0 < x.shape[0] <= FUSED_ROWS and lora_A.shape[0] <= FUSED_RANK and x.dtype in FUSED_DTYPES
 

@@ -6,7 +6,7 @@
     W[n, k] = codebook[code[n, k]] * absmax[...] with a table of 256 numbers: always through slabs
 
 Few rows are one fused launch, limited by reading W once, 1.02 bytes a weight under double quantization. An
-H200 then has 8 instructions a weight to spend; the loops here have 4.9 and 6.5 (BUILDS in
+H200 then has 8 instructions a weight to spend; the loops here have 4.9 and 6.8 (BUILDS in
 tests/kernels/test_matmul_int8.py holds the figures). Codes are exact in bf16 and fp16: tensor cores multiply
 x by them, and the sum over a block is multiplied by its absmax in fp32. The product with W itself sums over
 n, along which absmax changes, so there each weight is scaled. Many rows: kernels/slabs.py.

@@ -91,6 +91,8 @@ def test_results_of_each_device_stand_apart_and_missing_ones_are_not_measured(tm
     report("op", rows, {}, tmp_path / "elsewhere")
     text = (tmp_path / "elsewhere" / "op.md").read_text()
     assert "not measured" not in text and text.count("| a |") == 2  # the CPU's committed rows as well
+    report("any", [{"op": "a"}], {"device": "any"}, tmp_path)
+    assert "##" not in (tmp_path / "any.md").read_text() and "a CPU" not in (tmp_path / "any.md").read_text()
     assert (tmp_path / "elsewhere" / "op_gpu.json").exists() and not (
         tmp_path / "elsewhere" / "op.json"
     ).exists()

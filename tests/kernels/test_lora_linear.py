@@ -15,7 +15,6 @@ from quantized import on_gpu, to
 from minift.kernels import lora_linear as op
 from minift.kernels import runtime, slabs
 from minift.kernels.packed import Packed
-from minift.kernels.runtime import tl
 from minift.quant.weight import quantize_weight
 
 # M, N, K, r, dtype of x, scaling, weight: None for a dense one, or (format, block size, double quantization)
@@ -25,7 +24,7 @@ CASES = [
     (3, 31, 129, 64, BF16, 0.7, None),
     (7, 130, 33, 1, FP32, 0.25, None),
     (64, 8, 192, 17, FP16, 1.5, None),
-    (128, 70, 5, 3, BF16, 0.5, None),
+    (128, 70, 5, 3, BF16, 0.0, None),
     (129, 40, 30, 3, FP32, 0.5, None),  # too many rows for the kernel
     (2, 9, 20, 130, FP32, 0.1, None),  # and too large a rank
     *((*shape, BF16, 2.0, None) for shape in [(0, 7, 5, 3), (2, 0, 5, 3), (2, 7, 0, 3), (2, 7, 5, 0)]),
@@ -38,8 +37,6 @@ CASES = [
 # Enough to notice a mutant: several tiles of rows, columns and the sum, and one column of tiles
 FEW = [(66, 70, 40, 3, FP16, 0.7, None), (2, 33, 70, 5, BF16, -2.0, None)]
 WEIGHTS = [None, ("nf4", 64, True), ("int8", 32, False)]
-
-
 matmul = torch.backends.cuda.matmul  # sums in fp32, as in the bounds
 matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -50,10 +47,7 @@ def exactly(x):
 
 
 def dot(a, b):
-    """n terms and the factors absmax and 1/127 pass n + 4 roundings of 2^-24; truncating tensor cores: twice.
-
-    Of factors that were off themselves. Each term may also lose the smallest fp32.
-    """
+    """n terms, absmax and 1/127 pass n + 4 roundings of 2^-24, twice that where tensor cores truncate."""
     n, far = a.shape[2] + 4, b[0].abs() + b[1]
     error = 2 * n * 2.0**-24 / (1 - n * 2.0**-24) * (a[0].abs() + a[1]) @ far + n * 2.0**-149
     return torch.stack((a[0] @ b[0], error + a[1] @ far + a[0].abs() @ b[1]))
@@ -163,9 +157,7 @@ LAYOUTS = {
 ANY = st.integers(0, 12)
 
 
-@given(
-    ANY, ANY, ANY, ANY, *map(st.sampled_from, ([FP32, BF16], WEIGHTS, [*LAYOUTS.values()])), st.floats(-2, 2)
-)
+@given(*[ANY] * 4, *map(st.sampled_from, ([FP32, BF16], WEIGHTS, [*LAYOUTS.values()])), st.floats(-2, 2))
 def test_torch_stays_within_the_bounds_of_any_shape_and_layout(M, N, K, r, dtype, weight, lay, scaling):
     check(op, [(M, N, K, r, dtype, scaling, weight if N * K else None)], "torch", lay=lay)
 
@@ -194,10 +186,9 @@ def test_the_kernel_gives_the_same_bits_however_tensors_lie_and_without_a_branch
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_autograd_keeps_the_weight_as_it_is_stored_and_h(weight):
     x, W, A, B, scaling, _ = draw((5, 40, 64, 3, BF16, 0.7, weight))
-    stored = [field for field in (W if weight else [W]) if isinstance(field, torch.Tensor)]
     node = op.lora_linear(x.requires_grad_(), W, A, B, scaling).grad_fn
-    known, kept = (x, A, B, *stored), [tensor for tensor in node.saved_tensors if tensor is not None]
-    known = {tensor.data_ptr() for tensor in known}
+    kept = [tensor for tensor in node.saved_tensors if tensor is not None]
+    known = {t.data_ptr() for t in (x, A, B, *(W if weight else [W])) if isinstance(t, torch.Tensor)}
     assert known <= {tensor.data_ptr() for tensor in kept} and vars(node).keys() == {"layout", "scaling"}
     assert [(t.shape, t.dtype) for t in kept if t.data_ptr() not in known] == [((5, 3), BF16)]  # h
 
@@ -209,7 +200,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_only_what_needs_a_gradient_gets_one_and_once(weight):
+def test_only_what_needs_a_gradient_gets_one(weight):
     x, W, A, B, scaling, dy = draw((5, 40, 64, 3, FP32, 0.7, weight))
     gradients = run(op, x, W, A, B, scaling, dy)[1:]
     for needed in list(product((False, True), repeat=3))[1:]:
@@ -217,10 +208,6 @@ def test_only_what_needs_a_gradient_gets_one_and_once(weight):
         op.lora_linear(x, W, A, B, scaling).backward(dy)
         for leaf, gradient, need in zip((x, A, B), gradients, needed, strict=True):
             assert torch.equal(leaf.grad, gradient) if need else leaf.grad is None
-    y = op.lora_linear(x, W, A, B, scaling)
-    (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 x, W, A, B, *_ = draw((5, 40, 64, 3, FP32, 0.7, None))
@@ -229,6 +216,8 @@ WRONG = [
     ((x[0], W, A, B), r"x \(64,\), weight \(40, 64\).* they are \(M, K\)"),
     ((x, PACKED._replace(shape=(64, 40)), A, B), r"weight \(64, 40\)"),
     ((x, W, A.t(), B), r"lora_A \(64, 3\)"),
+    ((x, W, A, B[:, :2]), r"lora_B \(40, 2\)"),
+    ((x, W, A, B[:9]), r"lora_B \(9, 3\)"),
     ((x[:1].expand(5, 64), PACKED, A, B), "x is not contiguous"),
     ((x, W.repeat(1, 2)[:, ::2], A, B), "weight is not contiguous"),
     ((x.bfloat16(), W, A, B), "x is torch.bfloat16 and weight torch.float32"),
@@ -246,14 +235,12 @@ def test_what_it_does_not_take_is_an_error(arguments, message):
 
 MUTANTS = [
     ("(m < M) & (column < K)", "(m < M) & (column < K - 1)"),
-    ("W_ptr + row * W_k + n * W_n", "W_ptr + row * W_k + n // 2 * W_n"),
     ("A_ptr + row * A_k + rank * A_r", "A_ptr + row + rank * K"),  # as if never transposed
     ("rounded(a.to(tl.float32), X, DOT), h, ", "rounded(a.to(tl.float32), X, DOT), "),
     ("(row < r) & (n < N)", "(row < r - 1) & (n < N)"),
     ("total += scaling * branch", "total += branch"),
     ("mask=(m < M) & (n < N))", "mask=(m < M) & (n <= N))"),
     ("tl.program_id(1) == 0", "tl.program_id(1) == 1"),
-    ("h_ptr + m * r + rank", "h_ptr + m * (r - 1) + rank"),
     ("* BLOCK_M + tl.arange", "* (BLOCK_M + 1) + tl.arange"),
     ("dh = dh * ctx.scaling", "dh = dh"),
 ]
@@ -264,7 +251,6 @@ AUTOGRAD_MUTANTS = [
     ("dx.addmm_(dh, ", "dx.addmm_(dh, ctx.scaling * "),
     ("dy.t() @ h * ctx.scaling", "dy.t() @ h"),
     ("lora_A, lora_B, h, *kept)", "lora_A, lora_B, h.bfloat16().to(h.dtype), *kept)"),
-    ("return dx, dA, dB, None", "return dx, dA, None, None"),
     ("(matmul_4bit if weight.bits == 4", "(matmul_4bit if weight.bits == 8"),
     ("y.addmm_(h, lora_B", "x.add_(1); y.addmm_(h, lora_B"),
 ]
@@ -285,16 +271,16 @@ def test_mutants_of_the_products_side_by_side_are_noticed(old, new):
 def build(x, transposed, r):
     """A and B in fp32; strides of 1 are constants to Triton."""
     constants = dict.fromkeys(("W_n", "A_r", "B_n") if transposed else ("W_k", "A_k", "B_r"), 1)
-    constants |= {"DOT": {"bf16": tl.bfloat16, "fp16": tl.float16}[x], "RANK": r, **op.CONFIG}
+    constants |= {"DOT": {"bf16": op.tl.bfloat16, "fp16": op.tl.float16}[x], "RANK": r, **op.CONFIG}
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     types = {"A_ptr": "*fp32", "B_ptr": "*fp32", "scaling": "fp32"}
     types = {name: "*" + x if "ptr" in name else "i32" for name in op.lora_linear_kernel.arg_names} | types
     signature = {name: type for name, type in types.items() if name not in constants}
     aligned = tuple(name for name in signature if name not in ("M", "scaling"))
     elements, budget = constants["BLOCK_N"] * constants["BLOCK_K"] / (32 * warps), 6 if r == 16 else 10
-    more = {"budget": budget + transposed, "promises": ("tensor", "LDGSTS.E.128", "STG.E.128")}
-    launch = signature, constants, warps, stages, aligned, elements
-    return Build(f"{x}, rank {r}" + ", transposed" * transposed, op.lora_linear_kernel, *launch, **more)
+    launch = signature, constants, warps, stages, aligned, elements, budget + transposed
+    name, promises = f"{x}, rank {r}" + ", transposed" * transposed, ("tensor", "LDGSTS.E.128", "STG.E.128")
+    return Build(name, op.lora_linear_kernel, *launch, promises)
 
 
 BUILDS = [build(*row) for row in product(("bf16", "fp16"), (False, True), (16, 128))]
