@@ -227,21 +227,22 @@ def adamw_8bit(params, grads, states, maps, step, lr, betas, eps, weight_decay):
 def _launch(params, grads, states, maps, numbers):
     device = params[0].device
     for dtype, aligned, table, owner in _tables(params, grads, states):
-        adamw_8bit_kernel[(owner.numel(),)](
-            table.to(device),
-            owner.to(device),
-            *maps[0],
-            *maps[1],
-            *numbers,
-            DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
-            ALIGNED=aligned,
-            BLOCK=BLOCK,
-            BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM,
-            FIRST=FIRST,
-            CELLS=CELLS,
-            num_warps=1,
-            enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
-        )
+        with torch.cuda.device_of(params[0]):  # Triton launches on the current device
+            adamw_8bit_kernel[(owner.numel(),)](
+                table.to(device),
+                owner.to(device),
+                *maps[0],
+                *maps[1],
+                *numbers,
+                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+                ALIGNED=aligned,
+                BLOCK=BLOCK,
+                BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM,
+                FIRST=FIRST,
+                CELLS=CELLS,
+                num_warps=1,
+                enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+            )
 
 
 def _tables(params, grads, states):

@@ -124,7 +124,10 @@ def _rows_triton(logits, targets, losses, trains):
         whole[:, V:] = float("-inf")
     work = whole.float() if runtime.INTERPRETED else whole  # the interpreter truncates to bf16
     block = min(BLOCK_V, triton.next_power_of_2(stride))
-    cross_entropy_kernel[(rows,)](work, targets, losses, V, stride, TRAINS=trains, BLOCK_V=block, num_warps=8)
+    with torch.cuda.device_of(work):  # Triton launches on the current device
+        cross_entropy_kernel[(rows,)](
+            work, targets, losses, V, stride, TRAINS=trains, BLOCK_V=block, num_warps=8
+        )
     if work is not whole:
         whole.copy_(work)
 

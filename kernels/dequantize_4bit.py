@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from minift.kernels import library
+from minift.kernels.decode import block_scales
 from minift.kernels.packed import NESTED_BLOCK, Packed
 from minift.kernels.runtime import INTERPRETED, choose, tl, triton
 
@@ -36,16 +37,6 @@ def dequantize_4bit_ref(weight: Packed, out: torch.Tensor, first: int = 0, strid
     if stride:
         return out.copy_(values.as_strided(out.shape, (stride, 1), first))
     return out.copy_(values[first : first + out.numel()].view(out.shape))
-
-
-@triton.jit
-def block_scales(block, mask, absmax_ptr, nested_absmax_ptr, offset_ptr, nested_codebook_ptr):
-    """absmax of blocks (indices), [BLOCKS] fp32, with a rounding after the product and after the sum."""
-    absmax = tl.load(absmax_ptr + block, mask=mask)
-    if nested_absmax_ptr is not None:
-        group = tl.load(nested_absmax_ptr + (block >> 8), mask=mask)  # NESTED_BLOCK = 256
-        absmax = tl.load(nested_codebook_ptr + absmax.to(tl.int32), mask=mask) * group + tl.load(offset_ptr)
-    return absmax
 
 
 @triton.jit
@@ -110,19 +101,20 @@ def dequantize_4bit(weight: Packed, out: torch.Tensor, first: int = 0, stride: i
         wide = torch.empty_like(out, dtype=torch.float32)
         return out.copy_(dequantize_4bit(weight, wide, first, stride))
     grid, rows, constants = cover(weight, out, first, stride)
-    dequantize_4bit_kernel[grid](
-        weight.packed,
-        weight.absmax,
-        weight.codebook,
-        weight.nested_absmax,
-        weight.offset,
-        weight.nested_codebook,
-        out,
-        *rows,
-        **constants,
-        VECTOR=8 // out.element_size(),
-        ODD=out.numel() % 2,
-    )
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        dequantize_4bit_kernel[grid](
+            weight.packed,
+            weight.absmax,
+            weight.codebook,
+            weight.nested_absmax,
+            weight.offset,
+            weight.nested_codebook,
+            out,
+            *rows,
+            **constants,
+            VECTOR=8 // out.element_size(),
+            ODD=out.numel() % 2,
+        )
     return out
 
 

@@ -12,7 +12,8 @@ Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (absmax quantization
 import torch
 
 from minift.kernels import library
-from minift.kernels.dequantize_4bit import block_scales, check, cover, dequantize_torch, implementations
+from minift.kernels.decode import block_scales
+from minift.kernels.dequantize_4bit import check, cover, dequantize_torch, implementations
 from minift.kernels.packed import Packed
 from minift.kernels.runtime import INTERPRETED, choose, tl, triton
 
@@ -101,16 +102,17 @@ def dequantize_int8(weight: Packed, out: torch.Tensor, first: int = 0, stride: i
         wide = torch.empty_like(out, dtype=torch.float32)
         return out.copy_(dequantize_int8(weight, wide, first, stride))
     grid, rows, constants = cover(weight, out, first, stride)
-    dequantize_int8_kernel[grid](
-        weight.packed,
-        weight.absmax,
-        weight.codebook,
-        weight.nested_absmax,
-        weight.offset,
-        weight.nested_codebook,
-        out,
-        *rows,
-        **constants,
-        VECTOR=16 // out.element_size(),
-    )
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        dequantize_int8_kernel[grid](
+            weight.packed,
+            weight.absmax,
+            weight.codebook,
+            weight.nested_absmax,
+            weight.offset,
+            weight.nested_codebook,
+            out,
+            *rows,
+            **constants,
+            VECTOR=16 // out.element_size(),
+        )
     return out

@@ -5,13 +5,14 @@
 
 W is dense or `Packed`. A and B may have another dtype than x; they are rounded to x's for the products, and
 so is h. Side by side the branch costs a second reading of x, a reading and writing of y, and in the backward
-one more sum over dx: at K = N = 4096, r = 16 about 14 % of the base product's time on an H200. Here
+one more sum over dx: at K = N = 4096, r = 16 about 14 % of the base product's time on an H200, by counting
+bytes. Here
 
-- the fused kernel reads a tile of x once for both products: each program computes its rows of h beside its
-  tile of y, r / BLOCK_N more arithmetic, and adds h B^T before y is written. The backward is the same kernel
-  with W, A and B transposed: dx = dy W + scaling * (dy B) A.
-- elsewhere (a quantized W, many rows, CPUs) the base product is the op of the base, and the branch is added
-  to its fresh result in place.
+- the fused kernel (`runtime.using(path="fused")`, dense W) reads a tile of x once for both products: each
+  program computes its rows of h beside its tile of y, r / BLOCK_N more arithmetic, and adds h B^T before y is
+  written. The backward is the same kernel with W, A and B transposed: dx = dy W + scaling * (dy B) A.
+- otherwise the base product is the op of the base, so that a layer starts with its bits, and the branch is
+  added to its fresh result in place.
 
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; the split at the thin product: LoRAFusion,
 arXiv:2510.00206, section 4.
@@ -26,9 +27,8 @@ from minift.kernels.dequantize_int8 import dequantize_int8_ref
 from minift.kernels.matmul_4bit import matmul_4bit
 from minift.kernels.matmul_int8 import matmul_int8
 from minift.kernels.packed import Packed
-from minift.kernels.runtime import INTERPRETED, choose, dot_dtype, tl, triton
+from minift.kernels.runtime import INTERPRETED, choose, dot_dtype, setting, tl, triton
 
-FUSED_ROWS = 128  # of x, up to which the launches cost more than what a library's larger tiles gain
 FUSED_RANK = 128
 FUSED_DTYPES = (torch.bfloat16, torch.float16) + (torch.float32,) * INTERPRETED  # tensor cores have no fp32
 CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
@@ -175,10 +175,21 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _fuses(x, weight, lora_A) -> bool:
-    """Whether the kernel runs: a dense matrix, few rows, a rank whose h fits beside the tile."""
-    if isinstance(weight, Packed) or choose("lora_linear", x.device, ("triton", "torch")) == "torch":
+    """Whether the kernel runs. It does not unless it is asked for: a layer must start with the bits of its
+    base, which are the dense library's, and which of the two is faster is not measured.
+    """
+    if isinstance(weight, Packed) or setting("path") != "fused" or not x.shape[0]:
         return False
-    return 0 < x.shape[0] <= FUSED_ROWS and lora_A.shape[0] <= FUSED_RANK and x.dtype in FUSED_DTYPES
+    reason = None
+    if choose("lora_linear", x.device, ("triton", "c", "torch")) != "triton":
+        reason = "only Triton has a fused kernel"
+    elif lora_A.shape[0] > FUSED_RANK:
+        reason = f"the rank is {lora_A.shape[0]}, above {FUSED_RANK}"
+    elif x.dtype not in FUSED_DTYPES:
+        reason = f"x is {x.dtype}; tensor cores multiply bf16 and fp16"
+    if reason:
+        raise RuntimeError(f"lora_linear: path 'fused' was asked for and cannot run: {reason}")
+    return True
 
 
 def _check(x, weight, lora_A, lora_B):

@@ -129,7 +129,8 @@ def quantize_4bit(w, codebook, block_size: int) -> tuple[torch.Tensor, torch.Ten
     elif n:
         midpoints, order = boundaries(codebook)
         grid, constants = cover(w, block_size)
-        quantize_4bit_kernel[grid](w, midpoints, order, packed, absmax, n, **constants)
+        with torch.cuda.device_of(w):  # Triton launches on the current device
+            quantize_4bit_kernel[grid](w, midpoints, order, packed, absmax, n, **constants)
     return packed, absmax
 
 

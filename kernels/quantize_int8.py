@@ -66,5 +66,6 @@ def quantize_int8(w, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         library.quantize(w, block_size, None, None, packed, absmax)
     elif n:
         grid, constants = cover(w, block_size)
-        quantize_int8_kernel[grid](w, packed, absmax, n, **constants)
+        with torch.cuda.device_of(w):  # Triton launches on the current device
+            quantize_int8_kernel[grid](w, packed, absmax, n, **constants)
     return packed, absmax

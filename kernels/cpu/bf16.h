@@ -39,23 +39,27 @@ static void split_bf16(const uint16_t *x, long n, uint16_t *even, uint16_t *odd)
     }
 }
 
-INLINE void dot_bf16(const weight *w, int kind, const uint16_t *even, const uint16_t *odd, int rows, long n,
-                     const float *scale, float *y, long N) {
+/* y[m, n] for `rows` rows of x and `height` rows of W, which share what is loaded of x. */
+INLINE void dot_bf16(const weight *w, int kind, const uint16_t *even, const uint16_t *odd, int rows, int height,
+                     long n, const float *scale, float *y) {
     __m512i table = kind == TABLE4 ? load_table_bf16(w) : _mm512_setzero_si512(), a, b;
     vf_avx512 total[4] = {{0}};
-    long K = w->columns, half = K / 2;
-    for (long k = 0; k < K; k += 64) {
-        decode_bf16(w, kind, table, n * K + k, &a, &b);
-        vf_avx512 s = splat_avx512(scale[k >> w->log_block]);
-        for (int m = 0; m < rows; m++) {
-            __m512bh x = (__m512bh)_mm512_loadu_si512(even + m * half + k / 2);
-            __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)a, x);
-            x = (__m512bh)_mm512_loadu_si512(odd + m * half + k / 2);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)b, x);
-            total[m] = fma_avx512((vf_avx512)sum, s, total[m]);
+    long N = w->rows, K = w->columns, half = K / 2, blocks = K >> w->log_block;
+    for (long k = 0; k < K; k += 64)
+        for (int h = 0; h < height; h++) {
+            decode_bf16(w, kind, table, (n + h) * K + k, &a, &b);
+            vf_avx512 s = splat_avx512(scale[h * blocks + (k >> w->log_block)]);
+            for (int m = 0; m < rows; m++) {
+                __m512bh x = (__m512bh)_mm512_loadu_si512(even + m * half + k / 2);
+                __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)a, x);
+                x = (__m512bh)_mm512_loadu_si512(odd + m * half + k / 2);
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)b, x);
+                total[h * rows + m] = fma_avx512((vf_avx512)sum, s, total[h * rows + m]);
+            }
         }
-    }
-    for (int m = 0; m < rows; m++) y[m * N + n] = sum_avx512(total[m]) / (kind == INTEGER8 ? 127 : 1);
+    for (int h = 0; h < height; h++)
+        for (int m = 0; m < rows; m++)
+            y[m * N + n + h] = sum_avx512(total[h * rows + m]) / (kind == INTEGER8 ? 127 : 1);
 }
 
 static void matmul_bf16(const weight *w, const uint16_t *x, long M, float *y, int threads) {
@@ -64,20 +68,25 @@ static void matmul_bf16(const weight *w, const uint16_t *x, long M, float *y, in
     split_bf16(x, M * K, even, odd);
     #pragma omp parallel num_threads(threads)
     {
-        float *scale = malloc(blocks * sizeof(float));
+        float *scale = malloc(4 * blocks * sizeof(float));
         #pragma omp for schedule(static)
-        for (long n = 0; n < N; n++) {
-            scales_avx512(w, n * blocks, blocks, scale);
+        for (long n = 0; n < N; n += 4) {
+            long height = N - n < 4 ? N - n : 4;
+            scales_avx512(w, n * blocks, height * blocks, scale);
             for (long m = 0; m < M; m += 4) {
                 const uint16_t *e = even + m * K / 2, *o = odd + m * K / 2;
-                #define ROWS(R) \
-                    if (w->kind == TABLE4) dot_bf16(w, TABLE4, e, o, R, n, scale, y + m * N, N); \
-                    else dot_bf16(w, INTEGER8, e, o, R, n, scale, y + m * N, N)
-                if (M - m >= 4) { ROWS(4); }
-                else if (M - m == 3) { ROWS(3); }
-                else if (M - m == 2) { ROWS(2); }
-                else { ROWS(1); }
-                #undef ROWS
+                #define DOT(R, HEIGHT, H) \
+                    if (w->kind == TABLE4) \
+                        dot_bf16(w, TABLE4, e, o, R, HEIGHT, n + H, scale + H * blocks, y + m * N); \
+                    else dot_bf16(w, INTEGER8, e, o, R, HEIGHT, n + H, scale + H * blocks, y + m * N)
+                #define EACH(R) for (long h = 0; h < height; h++) { DOT(R, 1, h); }
+                if (M - m >= 4) { EACH(4) }
+                else if (M - m == 3) { EACH(3) }
+                else if (height < 4) { if (M - m == 2) { EACH(2) } else { EACH(1) } }
+                else if (M - m == 2) { DOT(2, 2, 0); DOT(2, 2, 2); }
+                else { DOT(1, 4, 0); }
+                #undef DOT
+                #undef EACH
             }
         }
         free(scale);

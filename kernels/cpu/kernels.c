@@ -26,6 +26,7 @@
 
 enum { FP32, BF16, FP16 };
 enum { TABLE4, LINEAR8, TABLE8, INTEGER8 }; /* LINEAR8: code / 127; INTEGER8: the code itself */
+enum { PAST_CACHES = 1 << 24 }; /* bytes from which a result does not stay in them */
 enum { SEGMENT = 16384 }; /* elements that a thread dequantizes at a time */
 
 typedef struct { /* Packed of packed.py */
@@ -120,7 +121,7 @@ void minift_quantize(const void *w, int dtype, long n, long block_size, const fl
 void minift_matmul(const weight *w, const void *x, int dtype, long M, float *y, int level, int threads) {
 #ifdef HAS_BF16
     if (level >= 3 && dtype == BF16 && w->log_block >= 6) {
-        if (level == 4 && 1 < M && M <= 16) matmul_amx(w, x, M, y, threads);
+        if (level == 4 && 3 < M && M <= 16) matmul_amx(w, x, M, y, threads);
         else matmul_bf16(w, x, M, y, threads);
         return;
     }

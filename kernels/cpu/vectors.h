@@ -164,11 +164,23 @@ INLINE void NAME(load_pair)(const void *from, long i, int dtype, vf *even, vf *o
     *odd = SHUFFLE(a, b, SECOND_OF_PAIRS);
 }
 
-INLINE void NAME(store_pair)(void *to, long i, int dtype, vf even, vf odd) {
+/* past: past the caches, to an aligned address. A line that is overwritten whole is then not read before. */
+INLINE void NAME(store)(void *to, vi words, int past) {
+#if LEVEL == 2
+    if (past) {
+        _mm512_stream_si512(to, (__m512i)words);
+        return;
+    }
+#endif
+    (void)past;
+    *(vi_any *)to = words;
+}
+
+INLINE void NAME(store_pair)(void *to, long i, int dtype, vf even, vf odd, int past) {
     if (dtype == FP32) {
-        *(vf_any *)((float *)to + i) = SHUFFLE(even, odd, LOW_PAIRS);
-        *(vf_any *)((float *)to + i + W) = SHUFFLE(even, odd, HIGH_PAIRS);
+        NAME(store)((float *)to + i, (vi)SHUFFLE(even, odd, LOW_PAIRS), past);
+        NAME(store)((float *)to + i + W, (vi)SHUFFLE(even, odd, HIGH_PAIRS), past);
     } else {
-        *(vi_any *)((uint16_t *)to + i) = NAME(narrow)(even, dtype) | NAME(narrow)(odd, dtype) << 16;
+        NAME(store)((uint16_t *)to + i, NAME(narrow)(even, dtype) | NAME(narrow)(odd, dtype) << 16, past);
     }
 }

@@ -37,8 +37,6 @@ CASES = [
 # Enough to notice a mutant: several tiles of rows, columns and the sum, and one column of tiles
 FEW = [(66, 70, 40, 3, FP16, 0.7, None), (2, 33, 70, 5, BF16, -2.0, None)]
 WEIGHTS = [None, ("nf4", 64, True), ("int8", 32, False)]
-matmul = torch.backends.cuda.matmul  # sums in fp32, as in the bounds
-matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def exactly(x):
@@ -117,7 +115,8 @@ def check(module, cases=FEW, backend="triton", device="cpu", lay=torch.clone):
         W = to(W, device) if isinstance(W, Packed) else W.to(device)
         inputs = [x, A, B, dy, *(field for field in W if isinstance(field, torch.Tensor))]
         before = [tensor.clone() for tensor in inputs]
-        with runtime.using(backend):
+        path = "fused" if backend == "triton" and not isinstance(W, Packed) else None
+        with runtime.using(backend, path=path):
             fuses = op._fuses(x, W, A)
             with guarded() if fuses else nullcontext([]) as buffers:
                 results = run(module, x, W, A, B, scaling, dy)

@@ -207,9 +207,7 @@ def test_a_way_that_cannot_run_is_an_error():
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_the_grid_on_the_gpu(dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+def test_the_grid_on_the_gpu(dtype):
     products.compare_the_grid(matmul_4bit, dtype, 4, rule)
 
 
