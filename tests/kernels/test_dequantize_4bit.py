@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from machine_code import inspect_build
-from mutants import survives
+from mutants import mutate, survives
 from quantized import (
     FP32_SCALES,
     SCALES,
@@ -23,8 +23,8 @@ from quantized import (
     to,
 )
 
+from minift.kernels import decode, runtime
 from minift.kernels import dequantize_4bit as op
-from minift.kernels import runtime
 from minift.kernels.dequantize_4bit import BLOCK_SIZES, DTYPES, dequantize_4bit, dequantize_4bit_ref
 from minift.quant.weight import quantize_weight
 
@@ -177,9 +177,6 @@ FUSED = ABSMAX.replace("mask=mask)", "mask=mask).to(tl.float64)")
 MUTANTS = [
     ("tl.join(packed >> 4, packed & 15)", "tl.join(packed & 15, packed >> 4)"),
     ("tl.join(packed >> 4, packed & 15)", "tl.join(packed >> 4, packed & 7)"),
-    ("nested_absmax_ptr + (block >> 8)", "nested_absmax_ptr + (block >> 9)"),
-    (ABSMAX, f"({FUSED}).to(tl.float32)"),  # one rounding, as of a fused multiply-add
-    (ABSMAX, ABSMAX.removesuffix(" + tl.load(offset_ptr)")),
     ("source // BLOCK_SIZE + block, mask", "first // BLOCK_SIZE + block, mask"),
     ("+ row * stride + column  # in the weight", "+ row * C + column  # in the weight"),
     ("row * C + column  # in out", "row * (C - 1) + column  # in out"),
@@ -188,6 +185,11 @@ MUTANTS = [
     ("else element < left", "else element <= left"),
     ("BLOCK_SIZE) * absmax[:, None]", "BLOCK_SIZE) * absmax.to(tl.float16).to(tl.float32)[:, None]"),
     ("codebook_ptr + tl.arange(0, 16))", "codebook_ptr + (15 - tl.arange(0, 16)))"),
+]
+SCALE_MUTANTS = [  # of block_scales in decode.py
+    ("nested_absmax_ptr + (block >> 8)", "nested_absmax_ptr + (block >> 9)"),
+    (ABSMAX, f"({FUSED}).to(tl.float32)"),  # one rounding, as of a fused multiply-add
+    (ABSMAX, ABSMAX.removesuffix(" + tl.load(offset_ptr)")),
 ]
 TORCH_MUTANTS = [
     (
@@ -217,6 +219,15 @@ def check(module, backend):
 @pytest.mark.parametrize("old, new", MUTANTS)
 def test_mutants_of_the_kernel_are_noticed(old, new):
     assert not survives(lambda module: check(module, "triton"), op, old, new)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("old, new", SCALE_MUTANTS)
+def test_mutants_of_the_scales_are_noticed(old, new, monkeypatch):
+    check(op, "triton")
+    monkeypatch.setattr(op, "block_scales", mutate(decode, old, new).block_scales)
+    with pytest.raises(AssertionError):
+        check(op, "triton")
 
 
 @pytest.mark.parametrize("old, new", TORCH_MUTANTS)

@@ -26,7 +26,6 @@ CASES = [
     (64, 8, 192, 17, FP16, 1.5, None),
     (128, 70, 5, 3, BF16, 0.0, None),
     (129, 40, 30, 3, FP32, 0.5, None),  # too many rows for the kernel
-    (2, 9, 20, 130, FP32, 0.1, None),  # and too large a rank
     *((*shape, BF16, 2.0, None) for shape in [(0, 7, 5, 3), (2, 0, 5, 3), (2, 7, 0, 3), (2, 7, 5, 0)]),
     (3, 40, 64, 3, BF16, 2.0, ("nf4", 64, True)),
     (1, 33, 64, 16, FP16, 0.5, ("nf4", 32, False)),
@@ -230,6 +229,8 @@ WRONG = [
 def test_what_it_does_not_take_is_an_error(arguments, message):
     with pytest.raises(ValueError, match="lora_linear: .*" + message):
         op.lora_linear(*arguments, 0.7)
+    with runtime.using("torch", path="fused"), pytest.raises(RuntimeError, match="only Triton has a fused"):
+        op.lora_linear(*draw(FEW[0])[:4], 0.7)
 
 
 MUTANTS = [
