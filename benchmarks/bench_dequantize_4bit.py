@@ -1,9 +1,10 @@
 """dequantize_4bit: NF4 to the weight's dtype, scales in fp32 or doubly quantized.
 
 Beside bitsandbytes, torchao (scales always doubly quantized), and a copy of the result: no dequantization
-that writes its result can be much faster than that. On a CPU every side allocates its result, because
-bitsandbytes does there. Gates: numbers equal to those of `dequantize_4bit_ref`; the peers' relative error as
-a quantization of w within 1 % of ours. Limit: 0.5 bytes a weight and the scales are read, 2 or 4 are written.
+that writes its result can be much faster than that. Both write into given memory. On a CPU bitsandbytes
+cannot, and allocates its result: "minift fresh" does the same. Gates: numbers equal to those of
+`dequantize_4bit_ref`; the peers' relative error as a quantization of w within 1 % of ours. Limit: 0.5 bytes a
+weight and the scales are read, 2 or 4 are written.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.harness import backend, gate_equal, gate_quality, peer, timed_row
 from benchmarks.limits import DEVICE
-from benchmarks.weights import BLOCK_SIZE, copies, dtypes, into, labels, nbytes, pack, random, shapes
+from benchmarks.weights import BLOCK_SIZE, copies, dtypes, fresh, into, labels, nbytes, pack, random, shapes
 from minift.kernels.dequantize_4bit import dequantize_4bit, dequantize_4bit_ref
 
 
@@ -30,6 +31,7 @@ def sides_of(w, weight, out, left_out: dict) -> dict:
     sides = {
         "minift": into(dequantize_4bit, packed, out),
         "copy": into(lambda source, out: out.copy_(source), copies(expected), out),
+        **({} if DEVICE == "cuda" else {"minift fresh": fresh(dequantize_4bit, packed[0], out)}),
     }
     with peer("bitsandbytes", left_out):
         from bitsandbytes.functional import quantize_4bit

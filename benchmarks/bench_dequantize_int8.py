@@ -1,9 +1,9 @@
 """dequantize_int8: 8 bits to the weight's dtype, in blocks of 64, fp32 scales.
 
-Beside bitsandbytes' blockwise dequantization of a table of the same numbers, and a copy of the result. On a
-CPU every side allocates its result, because bitsandbytes does there. Gates: numbers equal to those of
-`dequantize_int8_ref`; bitsandbytes' relative error as a quantization of w within 1 % of ours. Limit: 1.06
-bytes a weight are read, 2 or 4 are written.
+Beside bitsandbytes' blockwise dequantization of a table of the same numbers, and a copy of the result, into
+given memory. On a CPU bitsandbytes cannot, and allocates its result: "minift fresh" does the same. Gates:
+numbers equal to those of `dequantize_int8_ref`; bitsandbytes' relative error as a quantization of w within 1
+% of ours. Limit: 1.06 bytes a weight are read, 2 or 4 are written.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import backend, gate_equal, gate_quality, peer, timed_row
 from benchmarks.limits import DEVICE
-from benchmarks.weights import copies, dtypes, int8_of, into, labels, nbytes, pack, random, shapes
+from benchmarks.weights import copies, dtypes, fresh, int8_of, into, labels, nbytes, pack, random, shapes
 from minift.kernels.dequantize_int8 import dequantize_int8, dequantize_int8_ref
 
 
@@ -35,6 +35,7 @@ def run(quick: bool) -> tuple[list[dict], dict]:
             sides = {
                 "minift": into(dequantize_int8, packed, out),
                 "copy": into(lambda source, out: out.copy_(source), copies(expected), out),
+                **({} if DEVICE == "cuda" else {"minift fresh": fresh(dequantize_int8, packed[0], out)}),
             }
             with peer("bitsandbytes", left_out):
                 theirs = [int8_of(w) for _ in packed]

@@ -61,10 +61,13 @@ def copies(weight) -> list:
 
 
 def into(op, sources: list, out: torch.Tensor) -> list:
-    """Calls that fill copies of `out` in turn; on a CPU, one that is given a new one every time."""
-    if DEVICE == "cpu":
-        return [lambda: op(sources[0], out=torch.empty_like(out))]
+    """Calls that fill copies of `out` in turn."""
     return [partial(op, source, out=each) for source, each in zip(sources, cycle(copies(out)), strict=False)]
+
+
+def fresh(op, source, out: torch.Tensor) -> list:
+    """A call that allocates its result, which on a CPU costs the page faults of new memory."""
+    return [lambda: op(source, out=torch.empty_like(out))]
 
 
 @cache

@@ -26,7 +26,6 @@
 
 enum { FP32, BF16, FP16 };
 enum { TABLE4, LINEAR8, TABLE8, INTEGER8 }; /* LINEAR8: code / 127; INTEGER8: the code itself */
-enum { PAST_CACHES = 1 << 24 }; /* bytes from which a result does not stay in them */
 enum { SEGMENT = 16384 }; /* elements that a thread dequantizes at a time */
 
 typedef struct { /* Packed of packed.py */

@@ -164,23 +164,11 @@ INLINE void NAME(load_pair)(const void *from, long i, int dtype, vf *even, vf *o
     *odd = SHUFFLE(a, b, SECOND_OF_PAIRS);
 }
 
-/* past: past the caches, to an aligned address. A line that is overwritten whole is then not read before. */
-INLINE void NAME(store)(void *to, vi words, int past) {
-#if LEVEL == 2
-    if (past) {
-        _mm512_stream_si512(to, (__m512i)words);
-        return;
-    }
-#endif
-    (void)past;
-    *(vi_any *)to = words;
-}
-
-INLINE void NAME(store_pair)(void *to, long i, int dtype, vf even, vf odd, int past) {
+INLINE void NAME(store_pair)(void *to, long i, int dtype, vf even, vf odd) {
     if (dtype == FP32) {
-        NAME(store)((float *)to + i, (vi)SHUFFLE(even, odd, LOW_PAIRS), past);
-        NAME(store)((float *)to + i + W, (vi)SHUFFLE(even, odd, HIGH_PAIRS), past);
+        *(vf_any *)((float *)to + i) = SHUFFLE(even, odd, LOW_PAIRS);
+        *(vf_any *)((float *)to + i + W) = SHUFFLE(even, odd, HIGH_PAIRS);
     } else {
-        NAME(store)((uint16_t *)to + i, NAME(narrow)(even, dtype) | NAME(narrow)(odd, dtype) << 16, past);
+        *(vi_any *)((uint16_t *)to + i) = NAME(narrow)(even, dtype) | NAME(narrow)(odd, dtype) << 16;
     }
 }

@@ -40,7 +40,7 @@ INLINE void NAME(decode)(const weight *w, int kind, const table *t, long i, vf *
 /* ---- dequantize: out[r, c] = element first + r * stride + c ---- */
 
 INLINE void NAME(dequantize_run)(const weight *w, int kind, int dtype, void *out, long to, long element,
-                                 long count, int past) {
+                                 long count) {
     float scale[SEGMENT / 32 + 1];
     table t;
     if (kind == TABLE4) t = NAME(load_table)(w->codebook);
@@ -50,7 +50,7 @@ INLINE void NAME(dequantize_run)(const weight *w, int kind, int dtype, void *out
     for (long i = 0; i < whole; i += 2 * W) {
         float s = scale[((element + i) >> w->log_block) - block];
         NAME(decode)(w, kind, &t, element + i, &even, &odd);
-        NAME(store_pair)(out, to + i, dtype, even * s, odd * s, past);
+        NAME(store_pair)(out, to + i, dtype, even * s, odd * s);
     }
     if (whole < count) { /* the last elements of the matrix, through a copy */
         uint8_t codes[2 * W] = {0};
@@ -62,31 +62,27 @@ INLINE void NAME(dequantize_run)(const weight *w, int kind, int dtype, void *out
         tail.packed = codes;
         NAME(decode)(&tail, kind, &t, 0, &even, &odd);
         float s = scale[(from >> w->log_block) - block];
-        NAME(store_pair)(values, 0, dtype, even * s, odd * s, 0);
+        NAME(store_pair)(values, 0, dtype, even * s, odd * s);
         memcpy((char *)out + (to + whole) * size, values, rest * size);
     }
 }
 
 static void NAME(dequantize)(const weight *w, void *out, int dtype, long first, long stride, long rows,
                              long columns, int threads) {
-    long parts = (columns + SEGMENT - 1) / SEGMENT, size = dtype == FP32 ? 4 : 2;
-    int past = rows * columns * size > PAST_CACHES && (uintptr_t)out % 64 == 0 && columns * size % 64 == 0;
+    long parts = (columns + SEGMENT - 1) / SEGMENT;
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < rows * parts; part++) {
         long row = part / parts, column = part % parts * SEGMENT;
         long count = columns - column < SEGMENT ? columns - column : SEGMENT;
         long to = row * columns + column, from = first + row * stride + column;
         #define RUN(KIND) \
-            if (dtype == FP32) NAME(dequantize_run)(w, KIND, FP32, out, to, from, count, past); \
-            else if (dtype == BF16) NAME(dequantize_run)(w, KIND, BF16, out, to, from, count, past); \
-            else NAME(dequantize_run)(w, KIND, FP16, out, to, from, count, past)
+            if (dtype == FP32) NAME(dequantize_run)(w, KIND, FP32, out, to, from, count); \
+            else if (dtype == BF16) NAME(dequantize_run)(w, KIND, BF16, out, to, from, count); \
+            else NAME(dequantize_run)(w, KIND, FP16, out, to, from, count)
         if (w->kind == TABLE4) { RUN(TABLE4); }
         else if (w->kind == LINEAR8) { RUN(LINEAR8); }
         else { RUN(TABLE8); }
         #undef RUN
-#if LEVEL == 2
-        if (past) _mm_sfence(); /* such stores are in no order otherwise */
-#endif
     }
 }
 
