@@ -9,9 +9,10 @@ static void NAME(scales)(const weight *w, long block, long count, float *out) {
     const uint8_t *codes = (const uint8_t *)w->absmax + block;
     long i = 0;
     for (; i + W <= count; i += W) {
-        vi group = ((vi){COUNTING} + (int)((block + i) % 256)) >> 8;
-        vf value = NAME(gather)(w->nested_codebook, NAME(load_bytes)(codes + i));
-        vf scale = NAME(gather)(w->nested_absmax + (block + i) / 256, group);
+        long at = (block + i) % 256;
+        const float *group = w->nested_absmax + (block + i) / 256;
+        vf value = NAME(gather)(w->nested_codebook, NAME(load_bytes)(codes + i)), scale = NAME(splat)(*group);
+        if (at + W > 256) scale = NAME(gather)(group, ((vi){COUNTING} + (int)at) >> 8); /* two groups */
         *(vf_any *)(out + i) = value * scale + w->offset[0];
     }
     for (; i < count; i++)
