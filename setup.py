@@ -10,7 +10,7 @@ DEMO = ["gguf>=0.17", "matplotlib>=3.9"]
 CPU_KERNELS = Extension(
     "minift.kernels.cpu._kernels",
     sources=["kernels/cpu/kernels.c"],
-    depends=["kernels/cpu/ops.h", "kernels/cpu/amx.h"],
+    depends=sorted(map(str, Path("kernels/cpu").glob("*.h"))),
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
     optional=True,

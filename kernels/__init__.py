@@ -1,1 +1,1 @@
-"""Operators with a reference beside each implementation. A leaf: nothing here imports minift."""
+"""Operators with a reference beside each implementation. A leaf: nothing here imports the rest of minift."""

@@ -1,4 +1,4 @@
-"""AdamW with both moments in 8 bits, every tensor of a parameter group in one launch.
+"""AdamW with both moments in 8 bits, many tensors in one launch.
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2                  from the decoded m and v
     p = p (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)

@@ -101,7 +101,8 @@ def _chunks(hidden, weight, targets, trains_hidden, trains_weight):
     buffer = hidden.new_empty(min(n, ROWS), -(-V // 16) * 16)  # rows that start on 16 bytes
     losses = hidden.new_empty(n, dtype=wide)
     dh = torch.empty_like(hidden) if trains_hidden else None
-    dW = torch.zeros_like(weight, dtype=wide) if trains_weight else None
+    one = n <= ROWS  # then dW is one product, and there is nothing to sum in fp32
+    dW = torch.zeros_like(weight, dtype=wide) if trains_weight and not one else None
     for start in range(0, n, ROWS):
         part = slice(start, start + ROWS)
         h = hidden[part]
@@ -110,7 +111,9 @@ def _chunks(hidden, weight, targets, trains_hidden, trains_weight):
         rows(logits, targets[part], losses[part], trains_hidden or trains_weight)
         if trains_hidden:
             torch.mm(logits, weight, out=dh[part])
-        if trains_weight:
+        if trains_weight and one:
+            dW = logits.t() @ h
+        elif trains_weight:
             dW += logits.t() @ h
     loss = losses.sum(dtype=torch.float64).to(wide)
     return loss, dh, dW.to(weight.dtype) if trains_weight else None

@@ -228,7 +228,7 @@ _fastest = {}
 
 
 def choose_config(kernel, configs, x, weight: Packed, transposed: bool, run) -> Config:
-    """`pick`, or without runtime.deterministic the fastest on this GPU, timed once for each bucket of M."""
+    """`pick`, or under `using(deterministic=False)` the fastest on this GPU, timed once for a bucket of M."""
     if runtime.setting("deterministic") or not x.is_cuda:
         return pick(configs, x.shape[0], *weight.shape, transposed)
     candidates = fitting(configs, x.shape[0])

@@ -6,7 +6,8 @@
 i counts the elements of the flattened weight, n in all. Every operation is rounded by itself, so that all
 backends give the same bits; the kernel is therefore compiled without fused multiply-adds.
 Limit: memory. n/2 bytes of codes and n/64 of scales are read and n numbers written, once: 2.52 bytes a weight
-to bf16. That leaves an H200 time for 19 instructions a weight; the budget in the kernel's test is 11.5.
+to bf16. That leaves an H200 (4.3 TB/s, 132 processors of 128 lanes at 1.98 GHz) time for 19 instructions a
+weight; the kernel has 10.3 (benchmarks/results/machine_code.md).
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
 """
 

@@ -178,10 +178,13 @@ def _fuses(x, weight, lora_A) -> bool:
     """Whether the kernel runs. It does not unless it is asked for: a layer must start with the bits of its
     base, which are the dense library's, and which of the two is faster is not measured.
     """
-    if isinstance(weight, Packed) or setting("path") != "fused" or not x.shape[0]:
+    if isinstance(weight, Packed):
+        return False  # its own op chooses
+    backend = choose("lora_linear", x.device, ("torch",) if x.dtype == torch.float64 else ("triton", "torch"))
+    if setting("path") != "fused" or not x.shape[0]:
         return False
     reason = None
-    if choose("lora_linear", x.device, ("triton", "c", "torch")) != "triton":
+    if backend != "triton":
         reason = "only Triton has a fused kernel"
     elif lora_A.shape[0] > FUSED_RANK:
         reason = f"the rank is {lora_A.shape[0]}, above {FUSED_RANK}"

@@ -5,15 +5,17 @@
     W[n, k] = codebook[code[n, k]] * absmax[(n K + k) // block_size]
 
 Few rows are one fused launch, limited by reading W once, 0.52 bytes a weight under double quantization. An
-H200 then has 4 instructions a weight to spend, 2 of them on integers; the loop here has 5.1, of them 2.8 on
-integers (BUILDS in tests/kernels/test_matmul_4bit.py holds the figures), so that decoding is the limit, at
-about 70 % of the memory's speed. Up to 64 rows tensor cores multiply x by the unscaled codebook, and the sum
-over a block is multiplied by its absmax in fp32. The product with W itself sums over n, along which absmax
-changes, so there, and for more rows, each weight is scaled. Many rows: kernels/slabs.py.
+H200 (4.3 TB/s, 132 processors of 128 lanes at 1.98 GHz) then has 4 instructions a weight to spend; the loop
+here has 5.1 (benchmarks/results/machine_code.md), so that decoding is the limit. Up to 64 rows tensor cores
+multiply x by the unscaled codebook, and the sum over a block is multiplied by its absmax in fp32. The product
+with W itself sums over n, along which absmax changes, so there, and for more rows, each weight is scaled. Many
+rows: kernels/slabs.py.
 
 What is rounded, to the dtype X of x, in a fused product; all sums are in fp32:
 
     scaled sums       codebook
+    the C file        codebook, for bf16 x in blocks of 64 or more on processors with AVX-512 BF16 or AMX;
+                      otherwise nothing
     scaled weights    codebook, absmax, and their product (in the forward too where block_size is 32)
     slabs             codebook * absmax, computed in fp32: the dequantized W, as in `matmul_4bit_ref`
 
@@ -146,7 +148,7 @@ def matmul_4bit_transposed_kernel(
 
 
 def matmul_4bit(x: torch.Tensor, weight: Packed, transposed: bool = False) -> torch.Tensor:
-    """Same contract as `matmul_4bit_ref`; x contiguous, fp32, bf16 or fp16. Trains in x."""
+    """Same contract as `matmul_4bit_ref`; x contiguous, fp32, bf16, fp16 or fp64. Trains in x."""
     slabs.check("matmul_4bit", x, weight, 4, transposed)
     if torch.is_grad_enabled() and x.requires_grad:
         return Matmul4bit.apply(x, weight, transposed)

@@ -136,7 +136,7 @@ def matmul_int8_transposed_kernel(
 
 
 def matmul_int8(x: torch.Tensor, weight: Packed, transposed: bool = False) -> torch.Tensor:
-    """Same contract as `matmul_int8_ref`; x contiguous, fp32, bf16 or fp16. Trains in x."""
+    """Same contract as `matmul_int8_ref`; x contiguous, fp32, bf16, fp16 or fp64. Trains in x."""
     slabs.check("matmul_int8", x, weight, 8, transposed)
     if torch.is_grad_enabled() and x.requires_grad:
         return MatmulInt8.apply(x, weight, transposed)

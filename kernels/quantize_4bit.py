@@ -6,8 +6,8 @@ and so the nearest number of the codebook, on a midpoint the lower one, all in f
 multiplied by 1/absmax, correctly rounded, and a short last block is divided. Below 2^-126, the smallest
 normal number, absmax is stored as 0 and the block has the codes of zero. Codes are two to a byte, the first
 in the high nibble; an odd one has the code of zero after it. w has n elements.
-Limit: n numbers are read and n/2 bytes written, once. On GPUs the search for the code takes longer, about 30
-instructions a weight; a weight is quantized once.
+Limit: n numbers are read and n/2 bytes written, once. On GPUs the search for the code takes longer, 34
+instructions a weight (benchmarks/results/machine_code.md); a weight is quantized once.
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; bit for bit what bitsandbytes computes on CPUs.
 """
 

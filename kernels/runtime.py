@@ -47,6 +47,8 @@ INTERPRETED = triton.__version__ is not None and os.environ.get("TRITON_INTERPRE
 DECODE = "gather" if INTERPRETED or torch.version.hip else "prmt"
 
 _state = {"backend": os.environ.get("MINIFT_BACKEND", "auto"), "path": None, "deterministic": True}
+if _state["backend"] not in BACKENDS:
+    raise ValueError(f"MINIFT_BACKEND is {_state['backend']!r}; known backends: {', '.join(BACKENDS)}")
 
 
 @contextmanager

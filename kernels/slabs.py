@@ -1,7 +1,7 @@
 """Products with a quantized matrix: which of two ways, and the one that dequantizes a slab at a time.
 
-    fused     W is decoded in registers and never written (kernels/decode.py). For few rows of x, on GPUs:
-              then the product is limited by reading W, once in its 4 or 8 bits.
+    fused     W is decoded in registers and never written (kernels/decode.py). For few rows of x (ROWS), on
+              GPUs and, for x W^T, in the C file: the product is limited by reading W, in its 4 or 8 bits.
     slabs     SLAB elements of W at a time are dequantized into one buffer and multiplied by a dense product:
               rows of W for x W^T, columns for x W, so that no product is split along its sum and the numbers
               are those of a dense layer with the dequantized weight. For many rows, where a dense product

@@ -1,4 +1,9 @@
-"""Fixtures: a tiny Llama, a tiny tokenizer, the real SmolLM2 where it has been fetched."""
+"""Fixtures: a tiny Llama, a tiny tokenizer, the real SmolLM2 where it has been fetched.
+
+Tests marked `triton` run kernels: on the GPU where there is one, otherwise in Triton's interpreter. That is a
+property of the process (TRITON_INTERPRET=1), so kernels/test_interpreter.py runs them in one of their own, and
+the process that compiles kernels leaves them out.
+"""
 
 import os
 from pathlib import Path
@@ -8,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from minift.fetch import ALIASES, cache_folder
+from minift.kernels import runtime
 from minift.models.llama import Llama, LlamaConfig
 
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True, print_blob=True)
@@ -91,3 +97,24 @@ def eager():
     with torch.compiler.set_stance("force_eager"):
         yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or runtime.INTERPRETED:
+        return
+    left = [item for item in items if "triton" in item.keywords and item.get_closest_marker("triton")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def full_precision_sums():
+    """The bounds are for sums in fp32, which cuBLAS gives up for speed unless it is told."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,6 +24,7 @@ from minift.models.interface import (
     LanguageModel,
     base_layers,
     dense_weight,
+    has_hooks,
     is_quantized,
     parameter_count,
     replace_layer,
@@ -95,15 +96,16 @@ class LoRALinear(nn.Module):
 def frozen_matrix(base: nn.Module, dtype: torch.dtype):
     """W of a plain frozen layer without bias that computes in `dtype`, as `lora_linear` takes it.
 
-    None for any other layer: wrappers, layers with hooks or with a forward of their own.
+    None for any other layer: wrappers, layers with hooks or with a forward of their own, W in odd strides.
     """
     if type(base) not in (nn.Linear, QuantizedLinear) or base.bias is not None:
         return None
-    if base._forward_hooks or base._forward_pre_hooks:
+    if has_hooks(base):
         return None
     if type(base) is QuantizedLinear:
         return base.as_packed() if base.compute_dtype == dtype else None
-    return base.weight if base.weight.dtype == dtype and not base.weight.requires_grad else None
+    W = base.weight
+    return W if W.dtype == dtype and not W.requires_grad and W.is_contiguous() else None
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,13 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something listens to a layer, so that its matrix must not be used without it."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
 def is_quantized(layer) -> bool:
     return hasattr(layer, "quantized")
 

@@ -112,7 +112,7 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a floating-point tensor of any shape; `name` is what errors call it.
 
-    Time and memory: one pass in chunks (`base.CHUNK`), nothing of the weight's own size but the result.
+    Memory: nothing of the weight's own size but the result, and a copy of a weight in odd strides.
     """
     layout = Layout(find_format(format), tuple(w.shape), block_size, double_quant)
     if not w.is_floating_point():

@@ -6,10 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.data.collate import IGNORED
-from minift.kernels.cross_entropy import cross_entropy
-from minift.models.interface import LanguageModel
-
-CHUNK = 1024  # supervised positions whose logits are alive at once
+from minift.kernels.cross_entropy import ROWS, cross_entropy
+from minift.models.interface import LanguageModel, has_hooks
 
 
 def is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
@@ -17,7 +15,8 @@ def is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(head) is nn.Linear
         and head.bias is None
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not has_hooks(head)
+        and head.weight.is_contiguous()
         and type(head.weight) in (nn.Parameter, torch.Tensor)
         and head.weight.dtype == dtype
     )
@@ -43,12 +42,12 @@ class Objective(nn.Module):
         head = self.model.head
         if is_plain(head, hidden.dtype):
             return cross_entropy(hidden, head.weight, targets), len(targets)
-        if len(targets) <= CHUNK or not torch.is_grad_enabled():
-            chunks = [self._nll(h, y) for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
+        if len(targets) <= ROWS or not torch.is_grad_enabled():
+            chunks = [self._nll(h, y) for h, y in zip(hidden.split(ROWS), targets.split(ROWS), strict=True)]
         else:  # recompute logits in backward
             chunks = [
                 checkpoint(self._nll, h, y, use_reentrant=False)
-                for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+                for h, y in zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
             ]
         return torch.stack(chunks).sum(), len(targets)
 
