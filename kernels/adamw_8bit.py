@@ -212,6 +212,7 @@ def adamw_8bit(params, grads, states, maps, step, lr, betas, eps, weight_decay):
             adamw_8bit_ref(*([x] for x in piece), maps, step, lr, betas, eps, weight_decay)
         return
     numbers = _numbers(step, lr, betas, eps, weight_decay)
+    torch.autograd.graph.increment_version([*params, *(x for state in states for x in state)])
     if backend == "c":
         for dtype, _, table, owner in _tables(params, grads, states):
             library.adamw(table, owner, BLOCKS_PER_PROGRAM, dtype, maps, numbers)
@@ -249,7 +250,7 @@ def _tables(params, grads, states):
     """(dtype, whether sizes and addresses are divisible by 16, table, owner) for each launch."""
     rows = {}
     for p, g, state in zip(params, grads, states, strict=True):
-        row = [x.data_ptr() for x in (p, g, *state)] + [p.numel()]
+        row = [library.address(x) for x in (p, g, *state)] + [p.numel()]
         if p.numel():
             rows.setdefault((p.dtype, all(x % 16 == 0 for x in row)), []).append(row)
     for (dtype, aligned), group in rows.items():

@@ -59,11 +59,11 @@ def _load():
         return None, 0, "not built: install minift where a C compiler is (gcc 9 or later)"
     try:
         library = open_library(files[-1])
-    except OSError as error:
-        return None, 0, f"{files[-1].name} does not load: {error}"
+    except (OSError, AttributeError) as error:  # AttributeError: built from other sources
+        return None, 0, f"{files[-1].name} does not load, install minift again: {error}"
     able = library.minift_level()
     asked = os.environ.get("MINIFT_CPU")
-    if asked is None:
+    if not asked:
         return library, able, f"{LEVELS[able]}, the best that this processor has of {', '.join(LEVELS)}"
     if asked not in LEVELS or LEVELS.index(asked) > able:
         raise ValueError(
@@ -75,18 +75,25 @@ def _load():
 LIBRARY, LEVEL, WHY = _load()
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers are; a fake or a distributed one has none that C could use."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_neg():
+        raise TypeError(f"the C file takes plain tensors, not {type(tensor).__name__}; use backend 'torch'")
+    return tensor.data_ptr()
+
+
 def _weight(weight: Packed) -> _Weight:
     """The struct; the tensors must live as long as the call."""
     rows, columns = weight.shape if len(weight.shape) == 2 else (1, 0)
     kind = TABLE4 if weight.bits == 4 else LINEAR8 if weight.codebook is None else TABLE8
     nested = weight.nested
     return _Weight(
-        weight.packed.data_ptr(),
-        weight.absmax.data_ptr(),
-        None if weight.codebook is None else weight.codebook.data_ptr(),
-        weight.nested_absmax.data_ptr() if nested else None,
-        weight.offset.data_ptr() if nested else None,
-        weight.nested_codebook.data_ptr() if nested else None,
+        address(weight.packed),
+        address(weight.absmax),
+        None if weight.codebook is None else address(weight.codebook),
+        address(weight.nested_absmax) if nested else None,
+        address(weight.offset) if nested else None,
+        address(weight.nested_codebook) if nested else None,
         rows,
         columns,
         weight.block_size.bit_length() - 1,
@@ -98,7 +105,7 @@ def dequantize(weight: Packed, out: torch.Tensor, first: int, stride: int) -> to
     rows, columns = out.shape if stride else (1, out.numel())
     LIBRARY.minift_dequantize(
         _weight(weight),
-        out.data_ptr(),
+        address(out),
         DTYPES[out.dtype],
         first,
         stride,
@@ -113,14 +120,14 @@ def dequantize(weight: Packed, out: torch.Tensor, first: int, stride: int) -> to
 def quantize(w, block_size, midpoints, order, packed, absmax) -> None:
     """`midpoints` (16,) fp32, ascending, the last infinite, and `order` (16,) int32; None for int8."""
     LIBRARY.minift_quantize(
-        w.data_ptr(),
+        address(w),
         DTYPES[w.dtype],
         w.numel(),
         block_size,
-        None if midpoints is None else midpoints.data_ptr(),
-        None if order is None else order.data_ptr(),
-        packed.data_ptr(),
-        absmax.data_ptr(),
+        None if midpoints is None else address(midpoints),
+        None if order is None else address(order),
+        address(packed),
+        address(absmax),
         LEVEL,
         torch.get_num_threads(),
     )
@@ -130,13 +137,7 @@ def matmul(x: torch.Tensor, weight: Packed) -> torch.Tensor:
     """x (M, K) -> x W^T (M, N), in fp32."""
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     LIBRARY.minift_matmul(
-        _weight(weight),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        x.shape[0],
-        y.data_ptr(),
-        LEVEL,
-        torch.get_num_threads(),
+        _weight(weight), address(x), DTYPES[x.dtype], x.shape[0], address(y), LEVEL, torch.get_num_threads()
     )
     return y
 
@@ -148,11 +149,11 @@ def adamw(tensors, owner, blocks_each, dtype, maps, numbers) -> None:
     """
     zeros = [int((map.values == 0).nonzero()) for map in maps]
     (m_map, m_cells), (v_map, v_cells) = maps
-    pointers = (x.data_ptr() for x in (m_map, v_map, m_cells, v_cells))
+    pointers = (address(x) for x in (m_map, v_map, m_cells, v_cells))
     LIBRARY.minift_adamw(
         _AdamW(*pointers, *numbers, *zeros),
-        tensors.data_ptr(),
-        owner.data_ptr(),
+        address(tensors),
+        address(owner),
         owner.numel(),
         blocks_each,
         DTYPES[dtype],

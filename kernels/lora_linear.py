@@ -19,7 +19,6 @@ arXiv:2510.00206, section 4.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from minift.kernels.decode import rounded
 from minift.kernels.dequantize_4bit import dequantize_4bit_ref
@@ -154,8 +153,9 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("lora_linear has no second derivative; use lora_linear_ref for one")
         x, lora_A, lora_B, h, *kept = ctx.saved_tensors
         weight, dy = kept[0], dy.contiguous()
         if ctx.layout:

@@ -7,9 +7,9 @@
 Few rows are one fused launch, limited by reading W once, 0.52 bytes a weight under double quantization. An
 H200 (4.3 TB/s, 132 processors of 128 lanes at 1.98 GHz) then has 4 instructions a weight to spend; the loop
 here has 5.1 (benchmarks/results/machine_code.md), so that decoding is the limit. Up to 64 rows tensor cores
-multiply x by the unscaled codebook, and the sum over a block is multiplied by its absmax in fp32. The product
-with W itself sums over n, along which absmax changes, so there, and for more rows, each weight is scaled. Many
-rows: kernels/slabs.py.
+multiply x by the unscaled codebook, and the sum over a block is multiplied by its absmax in fp32. The
+product with W itself sums over n, along which absmax changes, so there, and for more rows, each weight is
+scaled. Many rows: kernels/slabs.py.
 
 What is rounded, to the dtype X of x, in a fused product; all sums are in fp32:
 

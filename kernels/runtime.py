@@ -46,7 +46,7 @@ PATHS = ("fused", "slabs")
 INTERPRETED = triton.__version__ is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DECODE = "gather" if INTERPRETED or torch.version.hip else "prmt"
 
-_state = {"backend": os.environ.get("MINIFT_BACKEND", "auto"), "path": None, "deterministic": True}
+_state = {"backend": os.environ.get("MINIFT_BACKEND") or "auto", "path": None, "deterministic": True}
 if _state["backend"] not in BACKENDS:
     raise ValueError(f"MINIFT_BACKEND is {_state['backend']!r}; known backends: {', '.join(BACKENDS)}")
 

@@ -1,8 +1,8 @@
 """Fixtures: a tiny Llama, a tiny tokenizer, the real SmolLM2 where it has been fetched.
 
-Tests marked `triton` run kernels: on the GPU where there is one, otherwise in Triton's interpreter. That is a
-property of the process (TRITON_INTERPRET=1), so kernels/test_interpreter.py runs them in one of their own, and
-the process that compiles kernels leaves them out.
+Tests marked `triton` run kernels: on the GPU where there is one, otherwise in Triton's interpreter. That is
+a property of the process (TRITON_INTERPRET=1), so kernels/test_interpreter.py runs them in one of their own,
+and the process that compiles kernels leaves them out.
 """
 
 import os

@@ -50,7 +50,10 @@ INLINE void NAME(adamw_block)(int dtype, const adamw *a, void *p, const void *g,
         *(vf_any *)(m + i) = m_new;
         *(vf_any *)(v + i) = v_new;
         if (dtype == FP32) *(vf_any *)((float *)p + i) = x;
-        else NAME(store_words)((uint16_t *)p + i, NAME(narrow)(x, dtype));
+        else {
+            vi nan = ((vi)x & 0x7fffffff) > 0x7f800000, quiet = nan & (dtype == BF16 ? 0x7fc0 : 0x7e00);
+            NAME(store_words)((uint16_t *)p + i, quiet | (~nan & NAME(narrow)(x, dtype)));
+        }
     }
     *m_absmax = NAME(encode)(m, a->m_cells, m_codes);
     *v_absmax = NAME(encode)(v, a->v_cells, v_codes);

@@ -24,10 +24,10 @@ from minift.models.interface import (
     LanguageModel,
     base_layers,
     dense_weight,
-    has_hooks,
     is_quantized,
     parameter_count,
     replace_layer,
+    stands_alone,
 )
 from minift.models.targets import match
 from minift.quant.linear import QuantizedLinear
@@ -96,11 +96,11 @@ class LoRALinear(nn.Module):
 def frozen_matrix(base: nn.Module, dtype: torch.dtype):
     """W of a plain frozen layer without bias that computes in `dtype`, as `lora_linear` takes it.
 
-    None for any other layer: wrappers, layers with hooks or with a forward of their own, W in odd strides.
+    None for any other layer: wrappers, those that do not stand alone, and W in odd strides.
     """
     if type(base) not in (nn.Linear, QuantizedLinear) or base.bias is not None:
         return None
-    if has_hooks(base):
+    if not stands_alone(base):
         return None
     if type(base) is QuantizedLinear:
         return base.as_packed() if base.compute_dtype == dtype else None

@@ -125,11 +125,15 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether something listens to a layer, so that its matrix must not be used without it."""
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+def stands_alone(layer: nn.Module) -> bool:
+    """Whether a layer is its parameters and its class's forward, so that an op may take them instead.
+
+    Not so with hooks, with a forward of its own, under autocast, or where the parameters are sharded.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    plain = all(type(p) in (nn.Parameter, torch.Tensor) for p in layer._parameters.values() if p is not None)
+    device = next(iter(layer._parameters.values())).device.type
+    return plain and not any(hooks) and "forward" not in vars(layer) and not torch.is_autocast_enabled(device)
 
 
 def is_quantized(layer) -> bool:

@@ -30,7 +30,8 @@ def dynamic_map(signed: bool) -> list[float]:
 @cache
 def dynamic_maps(device: torch.device):
     """The maps of m and of v."""
-    return make_map(dynamic_map(signed=True), device), make_map(dynamic_map(signed=False), device)
+    with torch.inference_mode(False):
+        return make_map(dynamic_map(signed=True), device), make_map(dynamic_map(signed=False), device)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -48,6 +49,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas are {group['betas']}; they are two numbers, at least 0 and below 1")
         for i, p in enumerate(group["params"]):
+            if type(p) not in (torch.nn.Parameter, torch.Tensor):
+                raise ValueError(f"params[{i}] is a {type(p).__name__}; 8-bit moments need plain tensors")
             if p.dtype not in DTYPES or not p.is_contiguous():
                 raise ValueError(
                     f"params[{i}] is {p.dtype} {tuple(p.shape)} with strides {p.stride()}; 8-bit moments "

@@ -80,8 +80,9 @@ class Format:
 
     @cache  # noqa: B019
     def values(self, device) -> torch.Tensor:
-        """The codebook as fp32."""
-        return torch.tensor(self.codebook, dtype=torch.float32, device=device)
+        """The codebook as fp32; made outside inference mode, so that training may keep it later."""
+        with torch.inference_mode(False):
+            return torch.tensor(self.codebook, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from torch.utils.checkpoint import checkpoint
 
 from minift.data.collate import IGNORED
 from minift.kernels.cross_entropy import ROWS, cross_entropy
-from minift.models.interface import LanguageModel, has_hooks
+from minift.models.interface import LanguageModel, stands_alone
 
 
 def is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a head is its matrix and nothing else: no wrapper, hook or bias, and in the dtype of hidden."""
+    """Whether a head is its matrix and nothing else, in the dtype of hidden; dW in fp16 may overflow."""
     return (
-        type(head) is nn.Linear
+        dtype != torch.float16
+        and type(head) is nn.Linear
         and head.bias is None
-        and not has_hooks(head)
+        and stands_alone(head)
         and head.weight.is_contiguous()
-        and type(head.weight) in (nn.Parameter, torch.Tensor)
         and head.weight.dtype == dtype
     )
 

@@ -33,7 +33,7 @@ MUTANTS = [
     ("vectors.h", "code * (129 / 16384.0f) + code", "code * (129 / 16384.0f) + 0 * code"),
     ("adamw.h", "sign * CELLS", "sign * (CELLS - 1)"),
     ("adamw.h", "(bits ^ sign) & 0xffff", "bits & 0xffff"),
-    ("adamw.h", "memset(m_copy, a->m_zero", "memset(m_copy, 255 - a->m_zero"),
+    ("adamw.h", "memset(m_copy, a->m_zero", "memset(m_copy, 255"),
     ("adamw.h", "grad * grad * a->one_minus_beta2", "grad * (grad * a->one_minus_beta2)"),
     ("adamw.h", "v_old * a->beta2", "v_old * a->beta1"),
     ("adamw.h", "x * a->keep", "x"),

@@ -9,8 +9,8 @@ from training.test_loop import ROWS, fresh, run
 
 import minift
 from minift.data.collate import Example, collate, encode_row, micro_batches
+from minift.kernels import cross_entropy
 from minift.methods.base import trainable
-from minift.training import objective
 from minift.training.objective import Objective
 from minift.training.settings import TrainConfig
 
@@ -32,7 +32,8 @@ def test_logits_in_chunks_change_nothing(monkeypatch):
     whole.backward()
     gradients = [p.grad.clone() for p in trainable(model).values()]
     model.zero_grad()
-    monkeypatch.setattr(objective, "CHUNK", 7)
+    for module in (objective, cross_entropy):
+        monkeypatch.setattr(module, "ROWS", 7)
     chunked, _ = Objective(model)(batch)
     chunked.backward()
     unit = 48 * 128 * 2.0**-53  # fp64 sums over at most 48 tokens and 128 ids, in another order
