@@ -101,7 +101,7 @@ def _chunks(hidden, weight, targets, trains_hidden, trains_weight):
     buffer = hidden.new_empty(min(n, ROWS), -(-V // 16) * 16)  # rows that start on 16 bytes
     losses = hidden.new_empty(n, dtype=wide)
     dh = torch.empty_like(hidden) if trains_hidden else None
-    one = n <= ROWS  # then dW is one product, and there is nothing to sum in fp32
+    one = 0 < n <= ROWS  # then dW is one product, and there is nothing to sum in fp32
     dW = torch.zeros_like(weight, dtype=wide) if trains_weight and not one else None
     for start in range(0, n, ROWS):
         part = slice(start, start + ROWS)

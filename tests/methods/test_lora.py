@@ -232,3 +232,20 @@ def test_a_rank_above_the_layer_and_a_tied_head_are_refused():
     with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
         LoRA(target_modules=["lm_head"]).plan(tiny_llama(tie_word_embeddings=True))
     assert LoRA(target_modules=["lm_head"]).plan(tiny_llama()).trainable == 8 * (32 + 97)
+
+
+def test_a_base_that_is_listened_to_or_autocast_is_called_itself():
+    base = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+    layer, x, heard = LoRALinear(base, 2, 1.0, 0.0), torch.randn(3, 8, requires_grad=True), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    base.register_full_backward_hook(lambda *_: heard.append(1))
+    layer(x).sum().backward()
+    assert heard == [1]
+
+
+def test_second_derivatives_are_an_error_and_not_lost():
+    layer = LoRALinear(torch.nn.Linear(8, 8, bias=False).requires_grad_(False), 2, 1.0, 0.0)
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="lora_linear has no second derivative"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from mutants import mutate, survives
 from quant_reference import new_memory_filled
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minift.kernels import runtime, slabs
+from minift.kernels import library, runtime, slabs
 from minift.kernels.dequantize_4bit import dequantize_4bit
 from minift.kernels.dequantize_int8 import dequantize_int8
 from minift.quant import FORMATS, quantize_weight
@@ -184,3 +185,23 @@ def test_a_weight_gradient_a_wrong_shape_and_a_vector_are_refused():
         layer.quantize_(torch.ones(64, 8))
     with pytest.raises(ValueError, match="needs a matrix"):
         QuantizedLinear.from_weight(quantize_weight(torch.randn(64)))
+
+
+def test_a_layer_that_generated_in_inference_mode_trains_after_it():
+    format = "fp4"
+    FORMATS[format].values.cache_clear()
+    layer = QuantizedLinear.from_weight(quantize_weight(torch.randn(64, 64), format))
+    FORMATS[format].values.cache_clear()
+    with torch.inference_mode():
+        layer(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.skipif(library.LIBRARY is None, reason=f"the C file is {library.WHY}")
+def test_a_fake_tensor_is_an_error_and_not_a_crash():
+    layer = QuantizedLinear.from_weight(quantize_weight(torch.randn(64, 64)))
+    refused = pytest.raises(TypeError, match="the C file takes plain tensors, not FakeTensor")
+    with FakeTensorMode(allow_non_fake_inputs=True), runtime.using("c"), refused:
+        layer(torch.randn(2, 64))

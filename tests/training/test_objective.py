@@ -11,6 +11,7 @@ import minift
 from minift.data.collate import Example, collate, encode_row, micro_batches
 from minift.kernels import cross_entropy
 from minift.methods.base import trainable
+from minift.training import objective
 from minift.training.objective import Objective
 from minift.training.settings import TrainConfig
 
