@@ -33,8 +33,7 @@ CASES = [
     (3, 40, 64, 64, FP32, 2.0, ("int8", 64, False)),
     (2, 31, 128, 3, BF16, 0.3, ("int8", 32, True)),
 ]
-# Enough to notice a mutant: several tiles of rows, columns and the sum, and one column of tiles
-FEW = [(66, 70, 40, 3, FP16, 0.7, None), (2, 33, 70, 5, BF16, -2.0, None)]
+FEW = [(66, 70, 40, 3, FP16, 0.7, None), (2, 33, 70, 5, BF16, -2.0, None)]  # enough for mutants
 WEIGHTS = [None, ("nf4", 64, True), ("int8", 32, False)]
 
 
@@ -172,7 +171,6 @@ def test_without_a_branch_the_result_is_bitwise_the_base_product(weight, dtype):
 @pytest.mark.triton
 @pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_kernel_gives_the_same_bits_however_tensors_lie_and_without_a_branch(lay, device):
-    """Any A, B and dy; x and W may start anywhere, and what else they are not is an error."""
     x, W, A, B, dy = (draw((5, 40, 70, 3, BF16, 0.7, None))[i].to(device) for i in (0, 1, 2, 3, 5))
     start = lay if lay is LAYOUTS["misaligned"] else torch.clone
     with runtime.using(path="fused"):
