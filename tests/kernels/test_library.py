@@ -209,6 +209,7 @@ def check_adamw():
         ]
         expected = [p.clone() for p in params], [adamw.Moments(*(x.clone() for x in s)) for s in states]
         for step in (1, 2, 3):
+            grads = [-grad for grad in grads]
             settings = (maps, step, 1e-2, (0.9, 0.99), 1e-8, 0.1)
             adamw.adamw_8bit_ref(expected[0], grads, expected[1], *settings)
             with runtime.using("c"):
