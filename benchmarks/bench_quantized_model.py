@@ -47,7 +47,7 @@ def run(quick: bool) -> tuple[list[dict], dict]:
             losses[backend] = [side[1](batch)[0].item() / ids.numel() for side in sides.values()]
     gate("loss in NF4 beside bf16", abs(losses["auto"][1] / losses["auto"][0] - 1), 0.1)
     gate("loss by backend", abs(losses["auto"][1] / losses["torch"][1] - 1), 2**-8)
-    prompt, new = ids[0, :16].tolist(), 8 if quick else 64
+    prompt, new = ids[0, :16].tolist(), 8 if quick else 32
     work = {
         "LoRA step": {name: partial(step, side[1], side[2], batch) for name, side in sides.items()},
         "greedy decoding": {name: partial(decode, side[0], prompt, new) for name, side in sides.items()},
@@ -55,7 +55,7 @@ def run(quick: bool) -> tuple[list[dict], dict]:
     rows = []
     for what, calls in work.items():
         tokens = new if what == "greedy decoding" else ids.numel()
-        times = alternate(calls, 3 if quick else 15)
+        times = alternate(calls, 3 if quick else 7)
         for name, seconds in times.items():
             t = quantiles(seconds)
             pairs = [a / b for a, b in zip(times["bf16"], seconds, strict=True)]
