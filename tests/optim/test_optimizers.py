@@ -40,13 +40,20 @@ def exact(p, g, m, v, step, lr, betas, eps, weight_decay):
     return kept - update, m, v, 1.01 * u * (sizes + (kept - update).abs())
 
 
+def to_nearest(x, values):
+    """How far the nearest of ascending values is."""
+    above = torch.bucketize(x, values).clamp(1, len(values) - 1)
+    return torch.minimum((x - values[above - 1]).abs(), (x - values[above]).abs())
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_50_steps_each_within_the_bound_of_the_formula_and_the_limits_of_bitsandbytes(dtype, weight_decay):
     """Each step starts where the last one ended, since it is the error of one step that has a bound.
 
     The limits are those of bitsandbytes' tests of 8-bit Adam: mean error 6e-5, relative 6e-4 (1.7e-4 and
-    1.6e-3 for 16 bits), at most 20 elements of a moment off by more than 3e-3 + 1e-3 of it.
+    1.6e-3 for 16 bits). Its limit for moments, 3e-3 + 1e-3 of them, is for moments near 1; these are near
+    1e-3, and each is held to the map's nearest value.
     """
     p = torch.randn(65, 100).mul_(0.1).to(dtype).requires_grad_()
     one = AdamW8bit([p], **SETTINGS, weight_decay=weight_decay)
@@ -63,12 +70,14 @@ def test_50_steps_each_within_the_bound_of_the_formula_and_the_limits_of_bitsand
         small = dtype == torch.float32
         assert error.mean() < (6e-5 if small else 1.7e-4)
         assert (error / (want.abs() + 1e-9)).mean() < (6e-4 if small else 1.6e-3)
-        for name, moment, gap in (("m", m, 0.9 / 64), ("v", v, 0.9 / 128)):
+        for name, moment, widest in (("m", m, 0.9 / 64), ("v", v, 0.9 / 128)):
             stored = decoded(one.state[p], name)
             scale = one.state[p][f"{name}_absmax"].double().repeat_interleave(BLOCK)[: p.numel()]
-            # half of the map's widest gap, and 10 roundings: 4 of the moment, 3 of the search, 3 of the map
-            assert ((stored - moment).abs() <= scale * (gap / 2 + 10 * 2.0**-24)).all()
-            assert (~torch.isclose(stored, moment, atol=3e-3, rtol=1e-3)).sum() <= 20
+            # 10 roundings: 4 of the moment, 3 of the search, 3 of the map; a code chosen from a number that
+            # is off by that lies no further from the right one than the nearest value and twice that
+            distance = to_nearest(moment / scale, dynamic_maps(CPU)[name == "v"].values.double())
+            assert (distance <= widest / 2 + 10 * 2.0**-24).all()
+            assert ((stored - moment).abs() <= scale * (distance + 2 * 10 * 2.0**-24)).all()
         m, v = decoded(one.state[p], "m"), decoded(one.state[p], "v")
 
 
@@ -82,8 +91,9 @@ def test_the_first_step_is_that_of_adamw(weight_decay):
     want, *_, bound = exact(p.detach(), p.grad, zero, zero, 1, **SETTINGS, weight_decay=weight_decay)
     AdamW8bit([p], **SETTINGS, weight_decay=weight_decay).step()
     torch.optim.AdamW([q], **SETTINGS, weight_decay=weight_decay).step()
-    torch.testing.assert_close(q.detach(), want, rtol=1e-14, atol=1e-15)  # a few fp64 roundings of |p| < 8
-    assert ((p.detach().double() - q.detach()).abs() <= bound + 1e-15).all()
+    # torch and `exact` round in fp64 what `exact` counts in fp32: the bound of each, 2^-29 as large
+    assert ((q.detach() - want).abs() <= 2 * 2.0**-29 * bound).all()
+    assert ((p.detach().double() - q.detach()).abs() <= (1 + 2 * 2.0**-29) * bound).all()
 
 
 def test_a_thousand_steps_end_within_one_percent_of_the_loss_of_adamw():
