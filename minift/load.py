@@ -13,7 +13,8 @@ from minift.fetch import ALIASES, cached
 from minift.memory import release_free_memory
 from minift.models import MODELS, weights
 from minift.models.gguf_file import read_gguf
-from minift.models.interface import LanguageModel, base_layers, is_quantized, replace_layer
+from minift.models.interface import LanguageModel, is_quantized
+from minift.models.wrappers import base_layers, replace_module
 from minift.quant import Quantization, bnb
 from minift.quant.linear import QuantizedLinear
 from minift.quant.model import layers_to_quantize, quantize_layer, record
@@ -82,7 +83,7 @@ def load_model(
             path = name.removesuffix(".weight")
             if path in chosen:
                 layer, row = quantize_layer(model.get_submodule(path), recipe, path)
-                replace_layer(model, path, layer)
+                replace_module(model, path, layer)
                 rows.append(row)
                 release_free_memory()
 
@@ -115,11 +116,11 @@ def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, dev
                 f"{name} is a 4-bit matrix {weight.shape}; the config asks for "
                 f"{(layer.out_features, layer.in_features)}"
             )
-        if layer is model.head and model.head.weight is model.embed.weight:
+        if layer is model.head and model.tied:
             raise ValueError(
                 f"{name} is 4-bit, but config.json ties it to the embedding; set tie_word_embeddings to false"
             )
-        replace_layer(model, path, QuantizedLinear.from_weight(weight, dtype, layer.bias))
+        replace_module(model, path, QuantizedLinear.from_weight(weight, dtype, layer.bias))
 
 
 def holds_quantized(source: str | Path) -> bool:
@@ -201,4 +202,4 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
             state |= bnb.to_state(weight, path)
         dense = [path for path in layers if path not in quantized]
         config["quantization_config"] = bnb.to_config(quantized, dense)
-    weights.write_folder(folder, config, state, model.embed.weight.dtype)
+    weights.write_folder(folder, config, state, model.dtype)

@@ -1,11 +1,12 @@
-"""The contract between methods and everything else: Method, Plan, and the adapters of a model.
+"""The contract between methods and everything else: Method, Plan, Site.
 
 A method is a frozen dataclass whose fields are all its hyperparameters. It plans on any model, also on the
 meta device, and the plan says every layer it will touch before anything is touched.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,13 +17,15 @@ from minift.models.interface import LanguageModel
 class Site:
     """One row of a plan: what is adapted, by which rule, and what that adds."""
 
-    path: str  # module path, without wrappers
+    path: str  # module path, without wrappers; of a weight that is trained itself, the parameter's name
     rule: str
     shape: tuple[int, ...]  # of the adapted weight, (out, in)
     parameters: int  # trainable, by the method's formula for this site
+    formula: str = ""  # that formula with its numbers, as "8 (4096 + 4096)"
     dtype: str = "float32"  # of the trainable parameters
     r: int | None = None
     scaling: float | None = None
+    replaces: bool = False  # stands in the place of base parameters instead of beside them
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,19 @@ class Plan:
     method: "Method"
     sites: tuple[Site, ...]
     base_parameters: int  # of the model before the method, a tied weight counted once
-    added: bool  # whether the method's parameters come on top of the base's
 
     @property
     def trainable(self) -> int:
         return self.method.count(self)
 
     @property
+    def added(self) -> int:
+        """Parameters that come on top of the base's."""
+        return sum(site.parameters for site in self.sites if not site.replaces)
+
+    @property
     def total(self) -> int:
-        return self.base_parameters + (self.trainable if self.added else 0)
+        return self.base_parameters + self.added
 
     def totals(self) -> str:
         share = 100 * self.trainable / self.total
@@ -108,8 +115,11 @@ def _grouped(sites):
 class Method:
     """A way to fine-tune. Subclasses add their hyperparameters as fields and define plan, inject, count."""
 
-    name = ""  # the key in METHODS
-    identity_at_init = "bitwise"  # or "bound" (within rounding), or "none"
+    name: ClassVar[str] = ""  # the key in METHODS
+    law: ClassVar[str] = ""  # trainable parameters as a formula
+    identity_at_init: ClassVar[str] = "bitwise"  # or "bound" (within rounding), or "none"
+    unmergeable: ClassVar[str] = ""  # why it is no change of weights, if it is not
+    adapter_file: ClassVar[bool] = True  # or what trains is the whole model
 
     def refuses(self, model: LanguageModel) -> str | None:
         """Why the method cannot run on this model, or None."""
@@ -120,30 +130,48 @@ class Method:
         raise NotImplementedError
 
     def inject(self, model: LanguageModel, plan: Plan, name: str, seed: int) -> None:
-        """Rewire a frozen model in place."""
+        """Rewire a frozen model in place; put each wrapper or slot into `model.adapters[name].modules`."""
         raise NotImplementedError
 
     def count(self, plan: Plan) -> int:
         """Trainable parameters by the paper's formula, never read off tensors."""
         raise NotImplementedError
 
-    def merge(self, model: LanguageModel, name: str, mode: str, original) -> dict[str, float]:
-        """Fold the adapter into the base weights; see `minift.merge` for the arguments and the result."""
-        raise ValueError(f"{self.name} cannot be merged into the base weights")
+    def with_tokenizer(self, tokenizer) -> "Method":
+        """The method with what it says in text turned into token ids."""
+        return self
 
+    def param_groups(self, parameters: dict[str, torch.nn.Parameter]) -> list[dict]:
+        """What the optimizer is given; a group's learning rate is the schedule's times its `lr_ratio`."""
+        return [{"params": list(parameters.values()), "lr_ratio": 1.0}]
 
-@dataclass(frozen=True)
-class Adapter:
-    """A resident adapter: `model.adapters[name]`."""
+    def extra_loss(self, model: LanguageModel, name: str) -> torch.Tensor | None:
+        """A term added to the mean loss of an effective batch, once."""
+        return None
 
-    method: Method
-    plan: Plan
-    modules: dict = field(default_factory=dict, repr=False)  # path -> the wrapper at that site
+    def take_step(self, model: LanguageModel, name: str, optimizer, step: int, total: int) -> None:
+        """Step `step` (from 0) of `total`, with the clipped gradients in place."""
+        optimizer.step()
+
+    @classmethod
+    def reserved(cls) -> set[str]:
+        """The keys of all methods, which are no names for adapters."""
+        found, left = set(), [Method]
+        while left:
+            kind = left.pop()
+            left.extend(kind.__subclasses__())
+            found.add(kind.name)
+        return found
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter for everything that trains, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def buffers(model) -> dict[str, torch.Tensor]:
+    """Name -> buffer: what methods keep beside their parameters, which a checkpoint of a run holds."""
+    return dict(model.named_buffers())
 
 
 def generator(seed: int, path: str) -> torch.Generator:

@@ -6,7 +6,6 @@ PEFT does not know travels in the safetensors metadata: the fingerprint of the b
 
 import hashlib
 import json
-import re
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 
 from minift.methods import apply
 from minift.methods.lora import LoRA
-from minift.models.interface import LanguageModel, base_layers
+from minift.models.interface import LanguageModel
 from minift.models.targets import ALL_LINEAR, fits, match
 from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
+from minift.models.wrappers import base_layers, base_parameters
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -233,7 +233,7 @@ def _base(model: LanguageModel) -> str:
     recipes = [
         f"{r.format} in blocks of {r.block_size}{', double' * r.double_quant}" for r in model.quantization
     ]
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return (
         f"{model.source or 'a model made in Python'} in {dtype}, {' and '.join(recipes) or 'not quantized'}"
     )
@@ -246,11 +246,7 @@ def fingerprint(model: LanguageModel) -> str:
     and adapters are left out.
     """
     digest = hashlib.sha256()
-    base = {
-        re.sub(r"(\.base)+\.", ".", name): p
-        for name, p in model.named_parameters()
-        if not name.endswith((".lora_A", ".lora_B"))
-    }
+    base = base_parameters(model)
     for name, p in sorted(base.items()):
         digest.update(f"{name}:{tuple(p.shape)}".encode())
         if p.dtype == torch.uint8 and not p.is_meta:

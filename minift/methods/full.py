@@ -5,18 +5,21 @@ change of dtype: a bf16 model becomes an fp32 model, computed in fp32.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 
 from minift.methods.base import Method, Plan, Site
-from minift.models.interface import LanguageModel, base_layers, is_quantized, parameter_count
+from minift.models.interface import LanguageModel, is_quantized, parameter_count
+from minift.models.wrappers import base_layers
 
 
 @dataclass(frozen=True)
 class Full(Method):
     name: ClassVar[str] = "full"
-    identity_at_init: ClassVar[str] = "bitwise"
+    law: ClassVar[str] = "all parameters, a tied one once"
+    adapter_file: ClassVar[bool] = False
 
     def refuses(self, model):
         if model.adapters:
@@ -30,8 +33,11 @@ class Full(Method):
         return None
 
     def plan(self, model: LanguageModel) -> Plan:
-        sites = tuple(Site(path, "all", tuple(p.shape), p.numel()) for path, p in model.named_parameters())
-        return Plan(self, sites, parameter_count(model), added=False)
+        sites = tuple(
+            Site(path, "all", tuple(p.shape), p.numel(), " x ".join(map(str, p.shape)), replaces=True)
+            for path, p in model.named_parameters()
+        )
+        return Plan(self, sites, parameter_count(model))
 
     def inject(self, model, plan, name, seed):
         model.to(torch.float32)
@@ -39,15 +45,4 @@ class Full(Method):
         model.requires_grad_(True)
 
     def count(self, plan):
-        total = 0
-        for site in plan.sites:
-            size = 1
-            for n in site.shape:
-                size *= n
-            total += size
-        return total
-
-    def merge(self, model, name, mode, original):
-        """The trained weights are the model's weights already: nothing to round."""
-        model.requires_grad_(False)
-        return {site.path: 0.0 for site in model.adapters[name].plan.sites}
+        return sum(prod(site.shape) for site in plan.sites)

@@ -1,117 +1,55 @@
-"""LoRA: a low-rank branch beside a frozen layer.
+"""LoRA: a low-rank branch beside frozen layers.
 
     y = base(x) + scaling * B A dropout(x),   A (r, in), B (out, r)
     scaling = alpha / r, or alpha / sqrt(r) with rslora
 
-A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero: the wrapped layer starts exactly as the
-base. Trainable: r * (in + out) for each layer. The branch computes in x's dtype from fp32 parameters.
+By default A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero: the wrapped layer starts
+exactly as the base. Trainable: r * (in + out) for each layer, and all of `modules_to_save`.
 Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1 and its code (microsoft/LoRA); rsLoRA: Kalajdzievski
-2023, arXiv:2312.03732, definition 3.1.
+2023, arXiv:2312.03732, definition 3.1; LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 5.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from minift.kernels.lora_linear import lora_linear
 from minift.methods.base import Method, Plan, Site, generator
-from minift.models.interface import (
-    LanguageModel,
-    base_layers,
-    dense_weight,
-    is_quantized,
-    parameter_count,
-    replace_layer,
-    stands_alone,
-)
-from minift.models.targets import match
-from minift.quant.linear import QuantizedLinear
+from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead, embedding_shape
+from minift.methods.olora import olora
+from minift.methods.pissa import pissa
+from minift.methods.selective import TIED, inject_trained, path_of, plan_trained
+from minift.models.interface import LanguageModel, dense_weight, parameter_count
+from minift.models.targets import fits, match
+from minift.models.wrappers import bare_modules, get_module, innermost, is_base_layer, replace_module
 
 
-class LowRank(torch.autograd.Function):
-    """y + scaling * x A^T B^T, keeping x, A, B and the thin product h = x A^T.
-
-        dB = scaling * dy^T h,   dh = scaling * dy B,   dA = dh^T x,   dx = dh A
-
-    x (..., in), y (..., out), A (r, in) and B (out, r) in their own dtype, rounded to x's for the products.
-    Where neighbours share their input (q, k and v), autograd keeps that one x for all of them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, y, A, B, scaling):
-        rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        h = rows @ A.to(x.dtype).t()  # (n, r)
-        ctx.save_for_backward(x, A, B, h)
-        ctx.scaling = scaling
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(x.dtype).t(), alpha=scaling).view(y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, A, B, h = ctx.saved_tensors
-        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling  # (n, r)
-        need_x, _, need_A, need_B, _ = ctx.needs_input_grad
-        dx = (dh @ A.to(dy.dtype)).view(x.shape) if need_x else None
-        dA = (dh.t() @ rows).to(A.dtype) if need_A else None  # (r, in)
-        dB = (dy_rows.t() @ h * ctx.scaling).to(B.dtype) if need_B else None  # (out, r)
-        return dx, dy, dA, dB, None
+def kaiming(layer: nn.Module, r: int, scaling: float, random: torch.Generator) -> tuple[torch.Tensor, None]:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), Kaiming-uniform with a = sqrt(5): sqrt(6 / ((1 + 5) in)); B = 0."""
+    bound = layer.in_features**-0.5
+    return torch.empty(r, layer.in_features).uniform_(-bound, bound, generator=random), None
 
 
-class LoRALinear(nn.Module):
-    """One adapter on one layer. `base` is a linear layer of any kind, or another wrapper."""
-
-    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float, device=None):
-        super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.scaling, self.dropout = r, scaling, dropout
-        self.active = True
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
-
-    def forward(self, x):
-        if not self.active:
-            return self.base(x)
-        matrix = None if self.dropout and self.training else frozen_matrix(self.base, x.dtype)
-        if matrix is not None:
-            rows = x.reshape(-1, self.in_features).contiguous()
-            y = lora_linear(rows, matrix, self.lora_A, self.lora_B, self.scaling)
-            return y.view(*x.shape[:-1], self.out_features)
-        y = self.base(x)
-        return LowRank.apply(
-            F.dropout(x, self.dropout, self.training), y, self.lora_A, self.lora_B, self.scaling
-        )
-
-    def delta(self) -> torch.Tensor:
-        """scaling * B A in the adapter's dtype, (out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+def gaussian(layer: nn.Module, r: int, scaling: float, random: torch.Generator) -> tuple[torch.Tensor, None]:
+    """A ~ N(0, 1/r^2); B = 0."""
+    return torch.empty(r, layer.in_features).normal_(0, 1 / r, generator=random), None
 
 
-def frozen_matrix(base: nn.Module, dtype: torch.dtype):
-    """W of a plain frozen layer without bias that computes in `dtype`, as `lora_linear` takes it.
-
-    None for any other layer: wrappers, those that do not stand alone, and W in odd strides.
-    """
-    if type(base) not in (nn.Linear, QuantizedLinear) or base.bias is not None:
-        return None
-    if not stands_alone(base):
-        return None
-    if type(base) is QuantizedLinear:
-        return base.as_packed() if base.compute_dtype == dtype else None
-    W = base.weight
-    return W if W.dtype == dtype and not W.requires_grad and W.is_contiguous() else None
+# (layer, r, scaling, random) -> where A and B start; B of None is zero, any other start is taken off again
+INITS = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "pissa": lambda layer, r, scaling, random: pissa(dense_weight(innermost(layer)), r, scaling),
+    "olora": lambda layer, r, scaling, random: olora(dense_weight(innermost(layer)), r),
+}
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
     name: ClassVar[str] = "lora"
-    identity_at_init: ClassVar[str] = "bitwise"
+    law: ClassVar[str] = "sum of r (in + out)"
 
     r: int = 8
     """Rank; at most the smaller side of each adapted layer."""
@@ -122,134 +60,172 @@ class LoRA(Method):
     rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names, globs over whole paths, or "all-linear"."""
+    """Names, globs over whole paths, or "all-linear"; embeddings by name."""
     exclude_modules: tuple[str, ...] = ()
     """Rules of the same form for layers to leave alone."""
     layers_to_transform: tuple[str, ...] = ()
     """Block numbers and ranges, as 3 or "8-15"; empty means every block."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rule -> rank, for layers that differ; the first rule that fits counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Rule -> alpha, likewise."""
+    init: str = "kaiming"
+    """Where A and B start: one of INITS."""
+    lr_ratio: float = 1.0
+    """Learning rate of B as a multiple of A's (LoRA+)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that train as a whole, by the same rules."""
+    tied: str = "refuse"
+    """Where head and embedding are one weight and one is meant: both (adapted as one), untie, refuse."""
+
+    inits: ClassVar[tuple[str, ...]] = tuple(INITS)
 
     def __post_init__(self):
-        for rules in ("target_modules", "exclude_modules", "layers_to_transform"):
+        for rules in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             value = getattr(self, rules)
             value = (value,) if isinstance(value, str | int) else value
             object.__setattr__(self, rules, tuple(str(rule) for rule in value))
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}; the rank is a whole number of at least 1")
-        for name, kinds in (("alpha", (int, float)), ("dropout", (int, float)), ("rslora", bool)):
-            if not isinstance(getattr(self, name), kinds) or (
-                kinds is not bool and getattr(self, name) is True
-            ):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it is a {'bool' if kinds is bool else 'number'}"
-                )
-        if not self.alpha > 0 or self.alpha == float("inf"):
-            raise ValueError(f"alpha is {self.alpha}; it must be positive and finite")
+        for name, kinds in (("dropout", (int, float)), ("lr_ratio", (int, float)), ("rslora", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
+                raise ValueError(f"{name} is {value!r}; it is a {'bool' if kinds is bool else 'number'}")
+        for name, value in (
+            ("alpha", self.alpha),
+            *((f"alpha_pattern {k}", v) for k, v in self.alpha_pattern.items()),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; it must be a positive and finite number")
+        for rule, value in self.rank_pattern.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"rank_pattern {rule} is {value!r}; a rank is a whole number of at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not 0 < self.lr_ratio < float("inf"):
+            raise ValueError(f"lr_ratio is {self.lr_ratio}; it must be positive and finite")
+        for name, known in (("init", self.inits), ("tied", TIED)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
+
+    @property
+    def identity_at_init(self) -> str:
+        return "bitwise" if self.init in ("kaiming", "gaussian") else "bound"
+
+    def scale(self, r: int, alpha: float) -> float:
+        return alpha / (r**0.5 if self.rslora else r)
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+        """Of layers that no pattern fits."""
+        return self.scale(self.r, self.alpha)
 
     def plan(self, model: LanguageModel) -> Plan:
-        layers, sites = base_layers(model), []
-        rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform)
+        modules, sites = bare_modules(model), []
+        among = [
+            path for path, m in modules.items() if is_base_layer(m) or isinstance(innermost(m), nn.Embedding)
+        ]
+        rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform, among=among)
+        self._check_patterns(rules)
         for path, rule in rules.items():
-            layer = layers[path]
-            tied = layer is model.head and getattr(innermost(layer), "weight", None) is model.embed.weight
-            if tied:
+            sites.append(self._site(path, rule, modules[path]))
+        ends = {path_of(model, model.embed), path_of(model, model.head)} & rules.keys()
+        if model.tied and ends:
+            sites = self._with_tie(model, sites, ends)
+        if self.modules_to_save:
+            sites += plan_trained(model, self.modules_to_save, "modules_to_save", self.tied)
+            twice = sorted(rules.keys() & {site.path.rpartition(".")[0] for site in sites if site.r is None})
+            if twice:
                 raise ValueError(
-                    f"{path} is tied to the embedding, which a low-rank branch on one of the two would "
-                    "untie; leave it out of target_modules"
+                    f"target_modules and modules_to_save both mean {twice[0]}; leave it to one of them"
                 )
-            if self.r > min(layer.in_features, layer.out_features):
-                raise ValueError(
-                    f"r is {self.r}, above the smaller side of {path} ({layer.out_features} x "
-                    f"{layer.in_features}); a rank this high is no longer low, use at most "
-                    f"{min(layer.in_features, layer.out_features)}"
-                )
-            sites.append(
-                Site(
-                    path,
-                    rule,
-                    (layer.out_features, layer.in_features),
-                    self.r * (layer.in_features + layer.out_features),
-                    r=self.r,
-                    scaling=self.scaling,
-                )
+        return Plan(self, tuple(sites), parameter_count(model))
+
+    def _site(self, path: str, rule: str, layer: nn.Module) -> Site:
+        r = next((r for key, r in self.rank_pattern.items() if fits(path, key)), self.r)
+        alpha = next((a for key, a in self.alpha_pattern.items() if fits(path, key)), self.alpha)
+        shape = (layer.out_features, layer.in_features) if is_base_layer(layer) else embedding_shape(layer)
+        if r > min(shape):
+            raise ValueError(
+                f"r is {r}, above the smaller side of {path} ({shape[0]} x {shape[1]}); a rank this high is "
+                f"no longer low, use at most {min(shape)}"
             )
-        return Plan(self, tuple(sites), parameter_count(model), added=True)
+        parameters, formula = self.cost(r, *shape)
+        return Site(path, rule, shape, parameters, formula, r=r, scaling=self.scale(r, alpha))
+
+    def cost(self, r: int, fan_out: int, fan_in: int) -> tuple[int, str]:
+        """Trainable parameters of one layer, and the formula with its numbers."""
+        return r * (fan_in + fan_out), f"{r} ({fan_in} + {fan_out})"
+
+    def _check_patterns(self, paths) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for rule in getattr(self, name):
+                if not any(fits(path, rule) for path in paths):
+                    raise ValueError(f"{name} {[rule]} fits no layer that target_modules means")
+
+    def _with_tie(self, model, sites, ends) -> list[Site]:
+        """What a branch on the head or the embedding means where they are one weight."""
+        embed, head = path_of(model, model.embed), path_of(model, model.head)
+        if self.tied == "refuse":
+            raise ValueError(
+                f"{' and '.join(sorted(ends))}: {head} is tied to {embed}, and a branch on one alone would "
+                "untie them; say tied='both' for one branch on both, tied='untie', or leave it out of "
+                "target_modules"
+            )
+        if self.tied == "untie":
+            return sites
+        first = next(site for site in sites if site.path in ends)
+        sites = [site for site in sites if site.path not in ends]
+        shared = self._site(embed, first.rule, model.embed)
+        tied = Site(head, f"tied to {embed}", shared.shape, 0, r=shared.r, scaling=shared.scaling)
+        return [shared, *sites, tied]
 
     def inject(self, model, plan, name, seed):
-        layers = base_layers(model)
+        modules = model.adapters[name].modules
         for site in plan.sites:
-            base = layers[site.path]
-            device = next(base.parameters()).device
-            layer = LoRALinear(base, self.r, self.scaling, self.dropout, device)
-            layer.train(base.training)
-            bound = layer.in_features**-0.5  # Kaiming-uniform with a = sqrt(5): sqrt(6 / ((1 + 5) in))
+            if site.r is None:
+                continue
+            base = get_module(model, site.path)
+            if site.rule.startswith("tied to "):
+                layer = TiedLoRAHead(base, modules[site.rule.removeprefix("tied to ")])
+            else:
+                layer = self.wrap(base, site, generator(seed, f"{name}:{site.path}"))
+            modules[site.path] = layer
+            replace_module(model, site.path, layer)
+        inject_trained(model, [site for site in plan.sites if site.r is None], name)
+
+    def wrap(self, base: nn.Module, site: Site, random: torch.Generator) -> nn.Module:
+        """The wrapper of one site, at its start."""
+        device = next(base.parameters()).device
+        if not is_base_layer(base):
+            layer = LoRAEmbedding(base, site.r, site.scaling, device)
             if device.type != "meta":
-                start = torch.empty(self.r, layer.in_features).uniform_(
-                    -bound, bound, generator=generator(seed, f"{name}:{site.path}")
-                )
-                layer.lora_A.data.copy_(start)
-            replace_layer(model, site.path, layer)
-            model.adapters[name].modules[site.path] = layer
+                start = torch.empty(layer.lora_embedding_B.shape).normal_(generator=random)
+                layer.lora_embedding_B.data.copy_(start)
+            return layer
+        layer = self.linear(base, site, device)
+        if device.type != "meta":
+            A, B = INITS[self.init](base, site.r, site.scaling, random)
+            if B is None:
+                layer.lora_A.data.copy_(A)
+            else:
+                layer.start_at(A, B)
+        return layer
+
+    def linear(self, base: nn.Module, site: Site, device) -> LoRALinear:
+        return LoRALinear(base, site.r, site.scaling, self.dropout, device)
 
     def count(self, plan):
-        return sum(self.r * (fan_in + fan_out) for fan_out, fan_in in (site.shape for site in plan.sites))
+        low = sum(s.r * sum(s.shape) for s in plan.sites if s.r and not s.rule.startswith("tied to "))
+        whole = sum(prod(s.shape) for s in plan.sites if not s.r and not s.rule.startswith("tied to "))
+        return low + whole
 
-    def merge(self, model, name, mode, original):
-        """W + scaling * B A in fp32 (fp64 for fp64), rounded once; all checked before any weight changes."""
-        modules, merged, errors = model.adapters[name].modules, {}, {}
-        for path, layer in modules.items():
-            base = innermost(layer)
-            trained_against = dense_weight(base)
-            exact = trained_against.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
-            start = dense_weight(base_layers(original)[path]) if original is not None else trained_against
-            wide = torch.promote_types(trained_against.dtype, torch.float32)
-            weight = start.to(trained_against.device, wide) + layer.delta().to(wide)
-            if not torch.isfinite(weight.to(trained_against.dtype)).all():
-                raise ValueError(
-                    f"merging {name!r} into {path} gives non-finite weights; nothing was changed"
-                )
-            merged[path] = _with_weight(base, weight, mode)
-            got = dense_weight(merged[path])
-            errors[path] = (got.double() - exact).abs().max().item()
-        for path, layer in modules.items():
-            _replace_innermost(layer, merged[path])
-            _unwrap(model, path, layer)
-        return errors
-
-
-def _with_weight(base: nn.Module, weight: torch.Tensor, mode: str) -> nn.Module:
-    """A layer as `base` with another matrix: quantized again in mode "requantized", otherwise dense."""
-    if is_quantized(base):
-        return base.requantized(weight) if mode == "requantized" else base.dense(weight)
-    layer = copy.copy(base)  # shares the bias
-    layer._parameters = {**base._parameters, "weight": nn.Parameter(weight.to(base.weight.dtype), False)}
-    return layer
-
-
-def innermost(layer: nn.Module) -> nn.Module:
-    """The base layer inside any number of wrappers."""
-    while isinstance(layer, LoRALinear):
-        layer = layer.base
-    return layer
-
-
-def _replace_innermost(layer: LoRALinear, base: nn.Module) -> None:
-    while isinstance(layer.base, LoRALinear):
-        layer = layer.base
-    layer.base = base
-
-
-def _unwrap(model: LanguageModel, path: str, layer: LoRALinear) -> None:
-    """Take one wrapper out of the chain of wrappers at a path."""
-    outer = model.get_submodule(path)
-    if outer is layer:
-        replace_layer(model, path, layer.base)
-        return
-    while outer.base is not layer:
-        outer = outer.base
-    outer.base = layer.base
+    def param_groups(self, parameters):
+        if self.lr_ratio == 1:
+            return super().param_groups(parameters)
+        second = {name: p for name, p in parameters.items() if name.rpartition(".")[2] == "lora_B"}
+        first = [p for name, p in parameters.items() if name not in second]
+        return [
+            {"params": first, "lr_ratio": 1.0},
+            {"params": list(second.values()), "lr_ratio": self.lr_ratio},
+        ]

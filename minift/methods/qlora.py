@@ -12,9 +12,10 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minift.methods.lora import LoRA, innermost
-from minift.models.interface import base_layers, is_quantized
+from minift.methods.lora import LoRA
+from minift.models.interface import is_quantized
 from minift.models.targets import ALL_LINEAR
+from minift.models.wrappers import base_layers, innermost
 from minift.quant import Quantization, quantize_model
 from minift.quant.model import layers_to_quantize
 

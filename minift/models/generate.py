@@ -84,10 +84,12 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p):
     context, longest = model.config.max_position_embeddings, max(map(len, prompts))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if longest + max_new_tokens > context:
+    virtual = model.virtual_tokens
+    if virtual + longest + max_new_tokens > context:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{context}; shorten the prompt or lower max_new_tokens"
+            f"a prompt of {longest} tokens, {max_new_tokens} new ones"
+            + (f" and {virtual} virtual ones" if virtual else "")
+            + f" exceed the model's context of {context}; shorten the prompt or lower max_new_tokens"
         )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or positive and finite")

@@ -4,13 +4,30 @@ Dimensions, here and in every file of the package: B batch, T sequence, S keys, 
 KV key-value heads, hd head size, V vocabulary, N supervised positions.
 
 A base layer is anything with `in_features`, `out_features` and `forward(x)`: a linear layer or a wrapper
-that a method put around one. `dense_weight` and `set_weight` read and write its matrix.
+that a method put around one (models/wrappers.py). `dense_weight` and `set_weight` read and write its matrix.
 """
 
 import re
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minift.models.adapters import Adapters
+from minift.models.slots import active_slots, with_virtual_tokens
+from minift.models.wrappers import Wrapper, innermost
+
+
+class Dims(NamedTuple):
+    """Sizes that methods plan with."""
+
+    blocks: int
+    hidden: int  # D
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int  # most positions
 
 
 class LanguageModel(nn.Module):
@@ -21,6 +38,9 @@ class LanguageModel(nn.Module):
     """
 
     blocks_path = ""  # where the blocks stand in the module tree, as "model.layers"
+    sites: ClassVar[
+        dict
+    ] = {}  # role -> rules: attn_out, ffn (the whole), ffn_in, ffn_out, k, v, norms; see targets.match
     ignored_keys = ()  # checkpoint keys that this family knows and does not use, as regular expressions
 
     def __init__(self, config):
@@ -28,7 +48,10 @@ class LanguageModel(nn.Module):
         self.config = config
         self.source = ""  # what load_model was asked for, and the dtype
         self.loaded_dtype = ""
-        self.adapters = {}
+        self.adapters = Adapters(self)
+        self.slots = nn.ModuleList()  # virtual tokens, one Slot for each adapter that has some
+        self.kept = {}  # what merge(keep=True) put aside: name -> how to bring it back
+        self.gradient_checkpointing = False  # recompute each block in the backward
         self.quantization = ()  # a quant.Quantization for each time that layers were quantized
         self.quantization_table = ()  # what that did to each layer
 
@@ -44,32 +67,88 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Module:
         raise NotImplementedError
 
+    @property
+    def dims(self) -> Dims:
+        raise NotImplementedError
+
     def tie_weights(self) -> None:
         """Share what the config says is shared; called after parameters were replaced."""
 
     def backbone(
-        self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        prefix_kv=None,
+        cache=None,
     ):
         """Hidden states (B, T, D) before the head.
 
         input_ids (B, T), or inputs_embeds (B, T, D) in their place. attention_mask (B, S) is 1 on real
         tokens, over the tokens in the cache and the new ones. position_ids (B, T) follow the mask by
-        default, so that left padding is right without being asked.
+        default, so that left padding is right without being asked. prefix_kv: for each block keys and values
+        (B or 1, KV, P, hd) that stand before the text, as the cache would hold them. Virtual tokens of the
+        active adapters (models/slots.py) are added here and left out of what is returned.
         """
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+        T = x.shape[1]
+        extended = with_virtual_tokens(self, x, attention_mask, position_ids, prefix_kv, cache)
+        return self.run_blocks(*extended, cache)[:, -T:]
+
+    def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
+        """The blocks and the last norm on embeddings (B, T, D), virtual ones included; -> the same shape."""
         raise NotImplementedError
+
+    def run_block(self, block, *arguments):
+        """One block, recomputed in the backward under gradient checkpointing."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def new_cache(self, B: int, capacity: int):
         """A KV cache for B texts of at most `capacity` tokens, for `backbone` and `forward`."""
+        return self.make_cache(B, capacity + self.virtual_tokens)
+
+    def make_cache(self, B: int, capacity: int):
+        """A KV cache of just that capacity."""
         raise NotImplementedError
 
-    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None):
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        prefix_kv=None,
+        cache=None,
+    ):
         """Logits (B, T, V); arguments as in `backbone`."""
-        hidden = self.backbone(input_ids, inputs_embeds, attention_mask, position_ids, cache)
-        return self.head(hidden)
+        return self.head(
+            self.backbone(input_ids, inputs_embeds, attention_mask, position_ids, prefix_kv, cache)
+        )
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many of the context's positions the active adapters take."""
+        return sum(slot.num_virtual_tokens for slot in active_slots(self))
+
+    @property
+    def embed_weight(self) -> nn.Parameter:
+        """The embedding's own matrix (V, D), whatever is wrapped around it."""
+        return innermost(self.embed).weight
+
+    @property
+    def tied(self) -> bool:
+        return getattr(innermost(self.head), "weight", None) is self.embed_weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_weight.dtype
 
     @property
     def device(self):
-        return self.embed.weight.device
+        return self.embed_weight.device
 
     def block_index(self, path: str) -> int | None:
         """The block that a module path lies in, or None outside the blocks."""
@@ -101,30 +180,6 @@ def attend(attention_mask: torch.Tensor | None, T: int) -> torch.Tensor | None:
     return (causal & mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
-def is_base_layer(module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> outermost layer, the head included. A wrapper counts as the layer that it stands for."""
-    found, stack = {}, [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if is_base_layer(module):
-            found[path] = module
-        else:
-            children = [
-                (f"{path}.{name}" if path else name, child) for name, child in module.named_children()
-            ]
-            stack.extend(reversed(children))
-    return found
-
-
-def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer)
-
-
 def stands_alone(layer: nn.Module) -> bool:
     """Whether a layer is its parameters and its class's forward, so that an op may take them instead.
 
@@ -141,10 +196,10 @@ def is_quantized(layer) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """The matrix (out, in) of a linear layer; of a quantized one, dequantized."""
+    """The matrix (out, in) of a linear layer, dequantized if need be; (V, D) of an embedding."""
     if is_quantized(layer):
         return layer.dequantize()
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear | nn.Embedding):
         raise TypeError(f"{type(layer).__name__} has no dense weight; merge or remove what wraps it first")
     return layer.weight
 
@@ -160,6 +215,7 @@ def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
 
 def parameter_count(model: nn.Module) -> int:
     """Elements of all parameters, a tied one once; a quantized weight counts as the matrix that it stands
-    for."""
+    for, and a trained copy of a weight in its place."""
     total = sum(p.numel() for p in model.parameters() if p.is_floating_point())
-    return total + sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
+    total += sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
+    return total - sum(m.replaced() for m in model.modules() if isinstance(m, Wrapper))

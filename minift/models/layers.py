@@ -72,10 +72,12 @@ class KVCache:
     Bytes: 2 * blocks * B * KV * capacity * hd * element size.
     """
 
-    def __init__(self, blocks: int, B: int, KV: int, capacity: int, hd: int, dtype, device):
-        self.keys, self.values = torch.empty(2, blocks, B, KV, capacity, hd, dtype=dtype, device=device)
+    def __init__(self, B: int, capacity: int, dims, dtype, device):
+        shape = (2, dims.blocks, B, dims.kv_heads, capacity, dims.head_dim)
+        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
         self.capacity = capacity
-        self.length = 0  # tokens that every block has seen
+        self.length = 0  # tokens that every block has seen, virtual ones included
+        self.virtual = None  # (B, P) bool: which of the virtual tokens before the text each text sees
 
     def update(self, block: int, k, v):
         """Append k and v (B, KV, T, hd) of one block; returns all of its keys and values (B, KV, S, hd)."""

@@ -8,14 +8,16 @@ arXiv:2305.13245. Module names and the split-half rotary layout are those of Hug
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minift.kernels.attention import attention
-from minift.models.interface import LanguageModel, attend, positions
+from minift.models.interface import Dims, LanguageModel, attend, positions
 from minift.models.layers import KVCache, RMSNorm, rotary_tables, rotate
+from minift.models.wrappers import innermost
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv * self.head_dim, bias=False)
         self.o_proj = nn.Linear(q * self.head_dim, D, bias=False)
 
-    def forward(self, x, rotary, mask, cache):
+    def forward(self, x, rotary, mask, prefix, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if prefix is not None:  # keys and values before the text, rotated already
+            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, KV, S, hd)
         o = attention(q, k, v, mask)  # (B, H, T, hd)
@@ -158,8 +162,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+    def forward(self, x, rotary, mask, prefix, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, prefix, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -177,6 +181,15 @@ class Llama(LanguageModel):
     """`LlamaForCausalLM` of config.json: backbone as above, head tied to the embedding or not."""
 
     blocks_path = "model.layers"
+    sites: ClassVar = {
+        "attn_out": ("self_attn.o_proj",),
+        "ffn": ("mlp",),
+        "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+        "ffn_out": ("mlp.down_proj",),
+        "k": ("self_attn.k_proj",),
+        "v": ("self_attn.v_proj",),
+        "norms": ("input_layernorm", "post_attention_layernorm", "model.norm"),
+    }
     ignored_keys = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from rope_theta
 
     def __init__(self, config: LlamaConfig):
@@ -188,20 +201,24 @@ class Llama(LanguageModel):
     embed = property(lambda self: self.model.embed_tokens)
     head = property(lambda self: self.lm_head)
 
+    @property
+    def dims(self) -> Dims:
+        c = self.config
+        return Dims(
+            c.num_hidden_layers,
+            c.hidden_size,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.vocab_size,
+            c.max_position_embeddings,
+        )
+
     def tie_weights(self):
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            innermost(self.lm_head).weight = innermost(self.model.embed_tokens).weight
 
-    def backbone(
-        self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, cache=None
-    ):
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+    def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
         T, past = x.shape[1], 0 if cache is None else cache.length
-        if attention_mask is not None and attention_mask.shape[1] != past + T:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens; the cache holds {past} "
-                f"and {T} are new"
-            )
         if position_ids is None:
             position_ids = (
                 torch.arange(past, past + T, device=x.device)[None]
@@ -210,17 +227,14 @@ class Llama(LanguageModel):
             )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = attend(attention_mask, T)
-        for block in self.model.layers:
-            x = block(x, rotary, mask, cache)
+        for i, block in enumerate(self.model.layers):
+            x = self.run_block(block, x, rotary, mask, None if prefix_kv is None else prefix_kv[i], cache)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(T if prefix_kv is None else T + prefix_kv[0][0].shape[2])
         return self.model.norm(x)
 
-    def new_cache(self, B: int, capacity: int) -> KVCache:
-        c, weight = self.config, self.embed.weight
-        return KVCache(
-            c.num_hidden_layers, B, c.num_key_value_heads, capacity, c.head_dim, weight.dtype, weight.device
-        )
+    def make_cache(self, B: int, capacity: int) -> KVCache:
+        return KVCache(B, capacity, self.dims, self.dtype, self.device)
 
 
 # GGUF: metadata keys and tensor names of the same architecture (gguf-py's MODEL_ARCH.LLAMA).

@@ -1,4 +1,4 @@
-"""Which layers a rule means.
+"""Which modules a rule means.
 
 A rule is a name (`q_proj`, `self_attn.q_proj`, or a whole path: the path ends with it, at a dot), a glob over
 the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer but the head.
@@ -7,7 +7,8 @@ the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer bu
 import difflib
 from fnmatch import fnmatchcase
 
-from minift.models.interface import LanguageModel, base_layers
+from minift.models.interface import LanguageModel
+from minift.models.wrappers import base_layers, get_module
 
 ALL_LINEAR = "all-linear"
 
@@ -24,24 +25,30 @@ def match(
     exclude_modules=(),
     layers=(),
     fields=("target_modules", "exclude_modules"),
+    among=None,
 ) -> dict[str, str]:
     """Path -> the first rule that means it, in the model's order. A rule that matches nothing is an error.
+
+    `among` are the paths that rules may mean; by default those of the linear layers.
 
     `layers` holds block numbers and ranges, as 3 or "8-15"; empty means all, and layers outside the blocks.
     `fields` is what errors call the two lists of rules.
     """
-    paths = list(base_layers(model))
-    head = next(path for path in paths if model.get_submodule(path) is model.head)
+    linear = base_layers(model)
+    paths = list(linear if among is None else among)
+    kind = "no linear layer" if among is None else "no module that can be meant here"
     if not target_modules:
         raise ValueError(f"{fields[0]} is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
 
     def hits(rule):
-        return [p for p in paths if (p != head if rule == ALL_LINEAR else fits(p, rule))]
+        if rule == ALL_LINEAR:
+            return [p for p in paths if p in linear and get_module(model, p) is not model.head]
+        return [p for p in paths if fits(p, rule)]
 
     for field, rules in zip(fields, (target_modules, exclude_modules), strict=True):
         for rule in rules:
             if not hits(rule):
-                raise ValueError(f"{field} {[rule]} match no linear layer; nearest: {nearest(rule, paths)}")
+                raise ValueError(f"{field} {[rule]} match {kind}; nearest: {nearest(rule, paths)}")
     excluded = {path for rule in exclude_modules for path in hits(rule)}
     wanted = parse_layers(layers, len(model.blocks))
     found = {}

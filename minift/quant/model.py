@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from minift.models.interface import LanguageModel, base_layers, replace_layer
+from minift.models.interface import LanguageModel
 from minift.models.targets import ALL_LINEAR, match
+from minift.models.wrappers import base_layers, replace_module
 from minift.quant.base import CHUNK, Layout
 from minift.quant.linear import QuantizedLinear
 from minift.quant.weight import QuantizedWeight, find_format, not_finite, quantize_weight
@@ -110,7 +111,7 @@ def quantize_model(
     paths = layers_to_quantize(model, recipe)
     made = {path: quantize_layer(layers[path], recipe, path) for path in paths}
     for path, (layer, row) in made.items():
-        replace_layer(model, path, layer)
+        replace_module(model, path, layer)
         rows.append(row)
     return record(model, recipe, rows)
 
@@ -137,7 +138,7 @@ def layers_to_quantize(model: LanguageModel, recipe: Quantization) -> list[str]:
             raise ValueError(
                 f"{path} carries an adapter ({type(layer).__name__}); quantize the model before minift.apply"
             )
-        if layer.weight is model.embed.weight:
+        if layer.weight is model.embed_weight:
             raise ValueError(
                 f"{path} shares its weight with the embedding, which stays dense; name it in skip"
             )

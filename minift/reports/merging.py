@@ -5,8 +5,7 @@ import torch
 from minift.load import fresh_folder, load_model, load_tokenizer, save_model, save_tokenizer
 from minift.methods import merge as fold
 from minift.methods.files import load_adapter
-from minift.methods.lora import innermost
-from minift.models.interface import base_layers
+from minift.models.wrappers import base_layers, innermost
 from minift.quant import Quantization, bnb
 from minift.reports.quantization import read_text
 

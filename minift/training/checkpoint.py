@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: the trainable tensors, the optimizer's moments, the step.
+"""Where a run stands, on disk: trainable tensors, the method's buffers, the optimizer's moments, the step.
 
 checkpoint-<step>/ holds state.safetensors and state.json. It is written beside its name, flushed and renamed,
 so it is complete or absent. Learning rate, data order and dropout are functions of (seed, step), so nothing
@@ -27,7 +27,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    output: Path, step: int, parameters: dict, optimizer, config: dict, keep: int = 2
+    output: Path, step: int, parameters: dict, optimizer, config: dict, buffers: dict, keep: int = 2
 ) -> Path:
     """Save after `step` finished steps and retire all but the newest `keep`."""
     target = output / f"checkpoint-{step}"
@@ -37,6 +37,7 @@ def save_checkpoint(
         for moment in MOMENTS:
             if moment in optimizer.state.get(parameter, {}):
                 tensors[f"{moment}:{name}"] = optimizer.state[parameter][moment]
+    tensors |= {f"buffer:{name}": buffer for name, buffer in buffers.items()}
     work = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=output))
     try:
         write_safetensors(work / "state.safetensors", tensors, {"format": "pt"})
@@ -52,7 +53,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> int:
+def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict, buffers: dict) -> int:
     """Restore in place what `save_checkpoint` wrote; returns the number of finished steps.
 
     The configuration must be the one that the checkpoint was made with, field by field.
@@ -79,15 +80,19 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict) -> 
     wanted = {
         f"{kind}:{name}" for name in parameters for kind in ("parameter", *(MOMENTS if state["step"] else ()))
     }
+    wanted |= {f"buffer:{name}" for name in buffers}
     if wanted != tensors.keys():
         raise ValueError(f"{folder} does not fit this model: {sorted(wanted ^ tensors.keys())[:3]} differ")
     for key, tensor in tensors.items():
-        shape = parameters[key.partition(":")[2]].shape
+        kind, _, name = key.partition(":")
+        shape = (buffers if kind == "buffer" else parameters)[name].shape
         if tensor.shape != shape:
             raise ValueError(
                 f"{folder}: {key} has shape {tuple(tensor.shape)}, the model's is {tuple(shape)}"
             )
     with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"buffer:{name}"])
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter:{name}"])
             if state["step"]:

@@ -14,10 +14,12 @@ from minift.training.settings import TrainConfig
 
 def encode(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig) -> list:
     """Examples from a JSONL file or a list of rows, each within the model's context and vocabulary."""
-    if config.max_length > model.config.max_position_embeddings:
+    virtual = model.virtual_tokens
+    if config.max_length + virtual > model.dims.context:
         raise ValueError(
-            f"train.max_length {config.max_length} is above the model's context of "
-            f"{model.config.max_position_embeddings} tokens"
+            f"train.max_length {config.max_length}"
+            + (f" and {virtual} virtual tokens are" if virtual else " is")
+            + f" above the model's context of {model.dims.context} tokens"
         )
     is_path = isinstance(data, str | Path)
     rows = read_rows(data) if is_path else [check_row(row, f"row {i}") for i, row in enumerate(data)]

@@ -59,12 +59,10 @@ def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
 def save_trained(model: LanguageModel, output: Path) -> None:
     """The adapter, or the whole model where everything trained."""
     name = list(model.adapters)[-1]
-    if model.adapters[name].plan.added:
+    if model.adapters[name].method.adapter_file:
         save_adapter(model, output, name)
     else:
-        write_folder(
-            output / "model", model.config.to_hf(), dict(model.named_parameters()), model.embed.weight.dtype
-        )
+        write_folder(output / "model", model.config.to_hf(), dict(model.named_parameters()), model.dtype)
 
 
 def keep_until(log: Path, step: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.memory import peak_memory_mib, release_free_memory
-from minift.methods.base import trainable
+from minift.methods.base import Method, buffers, trainable
 from minift.methods.files import fingerprint
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
@@ -62,15 +62,28 @@ def train(
     held_out = encode(model, tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)
     recorded = _describe(model, data, valid, config)
+    name, method = list(model.adapters)[-1], list(model.adapters.values())[-1].method
+    model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = torch.optim.AdamW(
-        list(parameters.values()),
+        method.param_groups(parameters),
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         fused=model.device.type in ("cpu", "cuda"),
     )
     key = _resume_key(recorded, model, examples)
     run = Run(
-        Objective(model), parameters, optimizer, examples, held_out, tokenizer.pad_id, config, output, key
+        Objective(model),
+        name,
+        method,
+        parameters,
+        buffers(model),
+        optimizer,
+        examples,
+        held_out,
+        tokenizer.pad_id,
+        config,
+        output,
+        key,
     )
     first = _begin(run, recorded, resume)
     log = Log(output / "log.jsonl", first, run.total, config.log_every, quiet)
@@ -89,7 +102,10 @@ class Run:
     """What the steps of one run share."""
 
     objective: Objective
+    name: str  # of the adapter that trains
+    method: Method
     parameters: dict[str, torch.nn.Parameter]
+    buffers: dict[str, torch.Tensor]  # what the method keeps beside them
     optimizer: torch.optim.Optimizer
     examples: list
     held_out: list
@@ -125,8 +141,8 @@ class Run:
                     raise NonFiniteLoss(self.stop(step, str(error))) from None
                 lr = lr_at(step, self.total, config.learning_rate, config.warmup_steps, config.schedule)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                self.optimizer.step()
+                    group["lr"] = lr * group["lr_ratio"]
+                self.method.take_step(self.objective.model, self.name, self.optimizer, step, self.total)
                 done = step + 1
                 log.step(
                     step,
@@ -149,7 +165,9 @@ class Run:
                 ):
                     log.write({"step": done, "eval_loss": self.evaluate()})
                 if config.save_every and done % config.save_every == 0 and done < self.total:
-                    save_checkpoint(self.output, done, self.parameters, self.optimizer, self.key)
+                    save_checkpoint(
+                        self.output, done, self.parameters, self.optimizer, self.key, self.buffers
+                    )
 
     def gradients(self, batch: list, step: int) -> tuple[float, float]:
         """Accumulate the gradient of the batch's mean loss per token, clip it; (loss, norm before that)."""
@@ -165,6 +183,9 @@ class Run:
                 )
             loss.backward()
             mean += loss.item()
+        extra = self.method.extra_loss(self.objective.model, self.name)
+        if extra is not None:
+            extra.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
             bad = [
@@ -186,7 +207,7 @@ class Run:
 
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
-        kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key)
+        kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key, self.buffers)
         save_trained(self.objective.model, self.output)
         return (
             f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and "
@@ -198,7 +219,7 @@ def _begin(run: Run, recorded: dict, resume: bool) -> int:
     """The number of finished steps; writes what a run writes first, once a checkpoint has been accepted."""
     output, first = run.output, 0
     if resume:
-        first = load_checkpoint(checkpoints(output)[-1], run.parameters, run.optimizer, run.key)
+        first = load_checkpoint(checkpoints(output)[-1], run.parameters, run.optimizer, run.key, run.buffers)
         keep_until(output / "log.jsonl", first)
     plan = list(run.objective.model.adapters.values())[-1].plan
     write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
@@ -216,7 +237,7 @@ def _describe(model, data, valid, config) -> dict:
     }
     return {
         "model": model.source,
-        "dtype": model.loaded_dtype or str(model.embed.weight.dtype).removeprefix("torch."),
+        "dtype": model.loaded_dtype or str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         **paths,
         **_quantize(model),
@@ -240,7 +261,7 @@ def _resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:
     return {
         "model": recorded["model"],
         "dtype": recorded["dtype"],
-        "base_sha256": fingerprint(model) if list(model.adapters.values())[-1].plan.added else None,
+        "base_sha256": fingerprint(model) if list(model.adapters.values())[-1].method.adapter_file else None,
         "tokens_sha256": digest,
         **method,
         **train,

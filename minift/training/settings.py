@@ -25,6 +25,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward: less memory, about a third more time."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm; 0 means never."""
     max_length: int = 1024

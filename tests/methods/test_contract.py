@@ -69,7 +69,7 @@ def test_the_count_is_the_tensors_and_the_bytes_on_disk(case, tmp_path):
     counted = method.count(plan)
     assert counted == plan.trainable == sum(p.numel() for p in trainable(model).values())
     assert counted == sum(site.parameters for site in plan.sites)
-    assert plan.total == parameter_count(model) == base + (counted if plan.added else 0)
+    assert plan.total == parameter_count(model) == base + plan.added
     save_trained(model, tmp_path)
     stored = load_file(next(tmp_path.rglob("*.safetensors")))
     assert sum(t.numel() for t in stored.values()) == counted

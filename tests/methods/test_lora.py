@@ -12,8 +12,9 @@ from mutants import survives
 from torch import nn
 
 import minift
-from minift.methods import lora
-from minift.methods.lora import LoRA, LoRALinear, LowRank
+from minift.methods import low_rank
+from minift.methods.lora import LoRA
+from minift.methods.low_rank import LoRALinear, LowRank
 
 IDS = torch.arange(20).view(2, 10) % 97
 
@@ -54,7 +55,7 @@ def check(module):
 
 
 def test_gradients_equal_the_dense_reparameterization():
-    check(lora)
+    check(low_rank)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_gradients_equal_the_dense_reparameterization():
     ],
 )
 def test_mutants_are_noticed(old, new):
-    assert not survives(check, lora, old, new)
+    assert not survives(check, low_rank, old, new)
 
 
 @given(st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 50))

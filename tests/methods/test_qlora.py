@@ -8,7 +8,8 @@ from conftest import tiny_llama
 
 import minift
 from minift.methods.base import trainable
-from minift.models.interface import base_layers, dense_weight, is_quantized, set_weight
+from minift.models.interface import dense_weight, is_quantized, set_weight
+from minift.models.wrappers import base_layers
 
 IDS = torch.arange(24).view(2, 12) % 97
 

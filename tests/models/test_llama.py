@@ -6,9 +6,10 @@ from conftest import tiny_config, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.models.interface import attend, base_layers, dense_weight, positions, set_weight
+from minift.models.interface import Dims, attend, dense_weight, positions, set_weight
 from minift.models.layers import KVCache, Normalize, RMSNorm, rotary_tables, rotate
 from minift.models.llama import Llama, LlamaConfig, gguf_name, gguf_rows
+from minift.models.wrappers import base_layers
 
 
 def test_rmsnorm_gradients():
@@ -107,10 +108,10 @@ def test_reading_in_pieces_through_the_cache_gives_the_same_logits(pieces):
 
 def test_a_full_cache_and_a_wrong_mask_say_so():
     with pytest.raises(ValueError, match="holds 2 tokens and 3"):
-        KVCache(1, 1, 1, 2, 4, torch.float32, "cpu").update(
+        KVCache(1, 2, Dims(1, 8, 1, 4, 97, 64), torch.float32, "cpu").update(
             0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
         )
-    with pytest.raises(ValueError, match="covers 3 tokens"):
+    with pytest.raises(ValueError, match=r"shape \(1, 3\).* must be \(1, 4\)"):
         tiny_llama()(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 3))
 
 

@@ -8,7 +8,8 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 
 import minift
-from minift.models.interface import base_layers, is_quantized
+from minift.models.interface import is_quantized
+from minift.models.wrappers import base_layers
 from minift.quant import bnb, quantize_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import minift
 from minift.load import DTYPES
-from minift.models.interface import base_layers, is_quantized
+from minift.models.interface import is_quantized
+from minift.models.wrappers import base_layers
 from minift.quant import bnb, quantize_weight
 
 IDS = torch.arange(18).view(2, 9)

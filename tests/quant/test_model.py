@@ -8,7 +8,8 @@ from conftest import tiny_llama
 from torch import nn
 
 import minift
-from minift.models.interface import base_layers, dense_weight, parameter_count, set_weight
+from minift.models.interface import dense_weight, parameter_count, set_weight
+from minift.models.wrappers import base_layers
 from minift.quant import FORMATS, Quantization
 from minift.quant.linear import QuantizedLinear
 from minift.quant.model import weight_error

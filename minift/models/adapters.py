@@ -1,0 +1,123 @@
+"""model.adapters: the one place that knows adapters by name."""
+
+import contextlib
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from minift.models.slots import Slot
+from minift.models.wrappers import Wrapper, unwrap
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A resident adapter: `model.adapters[name]`."""
+
+    method: object  # a methods.Method
+    plan: object  # its methods.Plan
+    modules: dict = field(default_factory=dict, repr=False)  # path -> its wrapper, or "" -> its slot
+
+    @property
+    def parts(self) -> list[Wrapper | Slot]:
+        return list(self.modules.values())
+
+
+class Adapters(dict):
+    """Name -> Adapter, in the order in which they were applied.
+
+    Any number may be resident and active; where two meet in a layer, the later one is wrapped around the
+    earlier one. Switching sets flags and copies nothing.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def add(self, name: str, method, seed: int = 0):
+        """Freeze the model, plan, inject; returns the Plan. Nothing is touched when the plan fails."""
+        if name in self:
+            raise ValueError(
+                f"an adapter named {name!r} is resident already ({', '.join(self)}); give another name"
+            )
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"adapter name {name!r} may hold letters, digits, '_' and '-', and no dot")
+        if name in method.reserved():
+            raise ValueError(f"adapter name {name!r} is the key of a method; give another name")
+        if name in self.merged():
+            raise ValueError(
+                f"{name!r} is merged into the weights and kept; unmerge it, or give another name"
+            )
+        reason = method.refuses(self.model)
+        if reason:
+            raise ValueError(f"{method.name} cannot run on this model: {reason}")
+        plan = method.plan(self.model)
+        self.model.requires_grad_(False)
+        self[name] = Adapter(method, plan)
+        method.inject(self.model, plan, name, seed)
+        return plan
+
+    def active(self) -> list[str]:
+        """The names of the adapters that work."""
+        return [name for name, adapter in self.items() if all(part.active for part in adapter.parts)]
+
+    def switch(self, *names: str) -> None:
+        """Let these adapters work and no other; without names, none: the base model."""
+        for name in names:
+            self._known(name)
+        for name, adapter in self.items():
+            self._can_rest(name, name in names)
+            for part in adapter.parts:
+                part.active, part.rows = name in names, None
+
+    @contextlib.contextmanager
+    def disable(self):
+        """The base model for a while: `with model.adapters.disable(): ...`"""
+        before = self.active()
+        self.switch()
+        try:
+            yield self.model
+        finally:
+            self.switch(*before)
+
+    @contextlib.contextmanager
+    def rows(self, names: list):
+        """One adapter for each text of the batch: a name, several names, or None for the base model."""
+        chosen = [(n,) if isinstance(n, str) else tuple(n or ()) for n in names]
+        before = self.active()
+        self.switch(*dict.fromkeys(name for each in chosen for name in each))
+        for name in self.active():
+            mask = torch.tensor([name in each for each in chosen], device=self.model.device)
+            for part in self[name].parts:
+                part.rows = mask
+        try:
+            yield self.model
+        finally:
+            self.switch(*before)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; the base weights are as they were."""
+        adapter = self._known(name)
+        self._can_rest(name, False)
+        for path, part in adapter.modules.items():
+            if isinstance(part, Slot):
+                self.model.slots = type(self.model.slots)(s for s in self.model.slots if s is not part)
+            else:
+                unwrap(self.model, path, part)
+        del self[name]
+
+    def merged(self) -> list[str]:
+        """The names of adapters that `minift.merge(model, name, keep=True)` folded in."""
+        return list(self.model.kept)
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self:
+            raise ValueError(f"no adapter named {name!r}; resident: {sorted(self) or 'none'}")
+        return self[name]
+
+    def _can_rest(self, name: str, works: bool) -> None:
+        if not works and not self[name].parts:
+            raise ValueError(
+                f"{self[name].method.name} changed the base weights themselves, so {name!r} cannot be "
+                "switched off or removed; load the model again"
+            )
