@@ -1,10 +1,15 @@
 """Adapters on disk in PEFT's layout: adapter_config.json and adapter_model.safetensors, strict both ways.
 
-Keys are `base_model.model.<module path>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), fp32. What
-PEFT does not know travels in the safetensors metadata: the fingerprint of the base and the method's fields.
+Keys are `base_model.model.<module path>.<key of the wrapper>`, `prompt_embeddings` for virtual tokens. What
+PEFT does not know travels in the safetensors metadata: the fingerprint of the base, the hash of the chat
+template, the method's fields, the scaling of each layer. What virtual tokens were computed from, and what
+they need to be trained further, is a file of its own, adapter_encoder.safetensors.
+
+Layouts that PEFT does not have: bottleneck adapters hold adapter_down.weight (m, D), adapter_down.bias (m),
+adapter_up.weight (D, m), adapter_up.bias (D) under the path of the module that they stand behind; bitfit and
+selective hold the trained parameters under the base's own names.
 """
 
-import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,249 +17,264 @@ from pathlib import Path
 
 import torch
 
-from minift.methods import apply
-from minift.methods.lora import LoRA
-from minift.models.interface import LanguageModel
-from minift.models.targets import ALL_LINEAR, fits, match
+from minift.methods import METHODS, apply
+from minift.methods.fingerprint import NO_TEMPLATE, describe_base, fingerprint, template_hash
+from minift.methods.peft_format import from_config, to_config
+from minift.models.interface import LanguageModel, dense_weight
+from minift.models.slots import Slot
 from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
-from minift.models.wrappers import base_layers, base_parameters
+from minift.models.wrappers import get_module, innermost
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Fields of PEFT's LoraConfig (0.21) that say nothing about the forward of a loaded adapter.
-INERT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "ensure_weight_tying",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-}
-# Fields that this file reads.
-READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "bias",
-    "fan_in_fan_out",
-}
-# Start states whose residual changes the base weights, so that A and B alone do not say the forward.
-RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CONFIG, WEIGHTS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
+ADAPTER_PARTS = (
+    "lora_A",
+    "lora_B",
+    "lora_E",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 
 
-def save_adapter(model: LanguageModel, folder: str | Path, name: str = "default") -> None:
-    """Write adapter `name`; a file is complete or, after a failure, as it was."""
+def save_adapter(
+    model: LanguageModel, folder: str | Path, name: str = "default", template: str | None = None
+) -> None:
+    """Write adapter `name`; a file is complete or, after a failure, as it was.
+
+    `template`: the chat template that its training rows went through, "none" for none; None leaves it open.
+    """
     adapter = _resident(model, name)
     method = adapter.method
-    if not isinstance(method, LoRA):
+    if not method.adapter_file:
         raise ValueError(
             f"{method.name} has no adapter file; minift.merge(model), then minift.save_model(model, folder)"
         )
-    tensors = {}
-    for path, layer in adapter.modules.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
-    for key, tensor in tensors.items():
+    tensors = {key: t.detach() for key, t in _state(adapter).items()}
+    encoder = _encoder_state(adapter)
+    for key, tensor in (tensors | encoder).items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} is not finite; the adapter was not saved")
-    targets, layers = _peft_targets(model, list(adapter.modules))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.source,
-        "revision": None,
-        "inference_mode": True,
-        "r": method.r,
-        "lora_alpha": method.alpha,
-        "lora_dropout": method.dropout,
-        "use_rslora": method.rslora,
-        "use_dora": False,
-        "target_modules": targets,
-        "exclude_modules": None,
-        "layers_to_transform": layers,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-    }
     facts = {
         "format": "pt",
         "minift.base_fingerprint": fingerprint(model),
-        "minift.base": _base(model),
-        "minift.method": json.dumps(asdict(method)),
-        "minift.scaling": repr(method.scaling),
+        "minift.base": describe_base(model),
+        "minift.method": json.dumps({"name": method.name, **asdict(method)}, sort_keys=True),
+        "minift.scaling": json.dumps(
+            {s.path: s.scaling for s in adapter.plan.sites if s.scaling is not None}
+        ),
     }
+    if template is not None:
+        facts["minift.template"] = template_hash(template)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if encoder:
+        write_safetensors(
+            folder / ENCODER, encoder, {"format": "pt", "minift.method": facts["minift.method"]}
+        )
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)  # of another adapter that was saved here
     write_safetensors(folder / WEIGHTS, tensors, facts)
-    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / CONFIG, json.dumps(to_config(model, adapter), indent=2, sort_keys=True) + "\n")
 
 
 def load_adapter(
-    model: LanguageModel, folder: str | Path, name: str = "default", check_base: bool = True
+    model: LanguageModel,
+    folder: str | Path,
+    name: str = "default",
+    check_base: bool = True,
+    template: str | None = None,
 ) -> None:
-    """Inject the adapter of a folder as `name`, trainable. Nothing is touched when something does not fit."""
+    """Inject the adapter of a folder as `name`, trainable. Nothing is changed when something does not fit.
+
+    `check_base=False` loads it onto another base than the one that it was trained on. `template`, where it is
+    given, must be the chat template that it was trained with ("none" for none).
+    """
     folder = Path(folder)
-    method = lora_from_peft(
-        read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS), folder / CONFIG
-    )
+    config = read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS)
     with ExitStack() as files:
         opened = open_safetensors(folder / WEIGHTS, files)
         facts = opened.metadata() or {}
-        stored = {_our_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    if check_base and facts.get("minift.base_fingerprint", fingerprint(model)) != fingerprint(model):
+        stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    _check_facts(model, folder, facts, check_base, template)
+    method, encoder = from_config(config, folder / CONFIG, model), {}
+    if (folder / ENCODER).exists():
+        method, encoder = _read_encoder(folder, method)
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    apply(model, method, name)
+    try:
+        adapter = model.adapters[name]
+        stored = _our_keys(model, adapter, stored, config, folder / WEIGHTS)
+        _check_tensors(_state(adapter), stored, folder / WEIGHTS)
+        _check_tensors(_encoder_state(adapter), encoder, folder / ENCODER)
+        _check_scaling(adapter, facts, folder)
+        _fill(adapter, stored, encoder, folder)
+    except ValueError:
+        model.adapters.remove(name)
+        for parameter, before in requires_grad.items():
+            parameter.requires_grad_(before)
+        raise
+
+
+def _state(adapter) -> dict[str, torch.Tensor]:
+    """Key in the file -> tensor."""
+    found = {}
+    for path, part in adapter.modules.items():
+        prefix = "" if isinstance(part, Slot) else f"{PREFIX}{path}."
+        found |= {prefix + key: tensor for key, tensor in part.state().items()}
+    return found
+
+
+def _encoder_state(adapter) -> dict[str, torch.Tensor]:
+    """What virtual tokens are computed from, where they are computed."""
+    return {
+        key: tensor.detach()
+        for part in adapter.parts
+        if isinstance(part, Slot) and part.encoded
+        for key, tensor in part.trainable_state().items()
+    }
+
+
+def _read_encoder(folder: Path, exported):
+    """(the method with its encoder, the encoder's tensors) of virtual tokens that can be trained further."""
+    with ExitStack() as files:
+        opened = open_safetensors(folder / ENCODER, files)
+        facts = json.loads((opened.metadata() or {}).get("minift.method", "{}"))
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    name = facts.pop("name", None)
+    if name not in METHODS or not hasattr(METHODS[name], "num_virtual_tokens"):
         raise ValueError(
-            f"{folder} was trained on another base than this one (fingerprints differ): on "
-            f"{facts.get('minift.base', 'one that the file does not describe')}, not on {_base(model)}; load "
-            "that base, or pass check_base=False to load_adapter"
+            f"{folder / ENCODER} does not say which method it belongs to; remove it or restore it"
         )
-    expected = {}
-    for site in method.plan(model).sites:
-        fan_out, fan_in = site.shape
-        expected[f"{site.path}.lora_A"], expected[f"{site.path}.lora_B"] = (
-            (method.r, fan_in),
-            (fan_out, method.r),
+    method = METHODS[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
+    if method.num_virtual_tokens != exported.num_virtual_tokens:
+        raise ValueError(
+            f"{folder}: {CONFIG} says num_virtual_tokens {exported.num_virtual_tokens}, {ENCODER} "
+            f"{method.num_virtual_tokens}; the files belong to different adapters"
         )
+    return method, tensors
+
+
+def _our_keys(model, adapter, stored: dict, config: dict, where) -> dict:
+    """The file's tensors under the keys that we write, in fp32.
+
+    Adapter names that older files kept go, and so do embeddings that PEFT saves beside their branch, if they
+    are the base's; pruned triplets come back as zeros.
+    """
+    found = {}
+    for key, tensor in stored.items():
+        head, dot, _ = key.removesuffix(".weight").rpartition(".")
+        kind = head.rpartition(".")[2]
+        if kind in ADAPTER_PARTS and dot:  # <path>.lora_A.<adapter name>
+            key = f"{head}.weight" if key.endswith(".weight") else head
+        if key.endswith("lora_magnitude_vector.weight"):
+            key = key.removesuffix(".weight")
+        if key.endswith(".base_layer.weight") and key.startswith(PREFIX):
+            _check_copy(model, key.removeprefix(PREFIX).removesuffix(".base_layer.weight"), tensor, where)
+            continue
+        if key in found:
+            raise ValueError(f"{where} holds {key} twice, under two adapter names")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {key} is {tensor.dtype}; adapters are floating-point")
+        found[key] = tensor.float()
+    pattern = config.get("rank_pattern") if config.get("peft_type") == "ADALORA" else None
+    for key, kept in (pattern or {}).items():
+        _restore_pruned(found, key.removesuffix(".lora_E").removesuffix(".default.lora_E"), kept, where)
+    return found
+
+
+def _check_copy(model, path: str, tensor: torch.Tensor, where) -> None:
+    try:
+        weight = dense_weight(innermost(get_module(model, path)))
+    except (AttributeError, TypeError):
+        raise ValueError(f"{where}: {path}.base_layer.weight belongs to no layer of this model") from None
+    if weight.shape != tensor.shape or not torch.equal(weight, tensor.to(weight)):
+        raise ValueError(
+            f"{where} holds a base weight for {path} that is not this model's (a resized or trained "
+            "embedding); load the base that it belongs to"
+        )
+
+
+def _restore_pruned(found: dict, path: str, kept, where) -> None:
+    """PEFT stores the triplets that `kept` (r booleans) names; put them back at their places."""
+    if not isinstance(kept, list) or not all(isinstance(k, bool) for k in kept):
+        raise ValueError(f"{where}: rank_pattern of {path} is no list of booleans")
+    rows = torch.tensor(kept).nonzero().flatten()
+    for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        key = f"{PREFIX}{path}.{part}"
+        if key not in found or found[key].ndim != 2 or found[key].shape[dim] != len(rows):
+            raise ValueError(f"{where}: {key} does not hold the {len(rows)} triplets that rank_pattern names")
+        shape = list(found[key].shape)
+        shape[dim] = len(kept)
+        found[key] = torch.zeros(shape).index_copy(dim, rows, found[key])
+
+
+def _check_tensors(expected: dict, stored: dict, where) -> None:
     for kind, keys in (
         ("lacks", expected.keys() - stored.keys()),
         ("has unexpected", stored.keys() - expected.keys()),
     ):
         if keys:
-            raise ValueError(f"{folder / WEIGHTS} {kind} {len(keys)} tensor(s), first {min(keys)}")
-    for key, shape in expected.items():
-        tensor = stored[key]
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(f"{where} {kind} {len(keys)} tensor(s), first {min(keys)}")
+    for key, wanted in expected.items():
+        shape = tuple(stored[key].shape)
+        if shape != tuple(wanted.shape) or not stored[key].is_floating_point():
             raise ValueError(
-                f"{folder / WEIGHTS}: {key} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"floating-point {shape}"
+                f"{where}: {key} is {stored[key].dtype} {shape}, expected floating-point "
+                f"{tuple(wanted.shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder / WEIGHTS}: {key} is not finite")
-    if "minift.scaling" in facts and facts["minift.scaling"] != repr(method.scaling):
-        raise ValueError(
-            f"{folder}: {CONFIG} says scaling {method.scaling!r}, {WEIGHTS} {facts['minift.scaling']}; "
-            "the two files belong to different adapters"
-        )
-    apply(model, method, name)
+        if not torch.isfinite(stored[key]).all():
+            raise ValueError(f"{where}: {key} is not finite")
+
+
+def _fill(adapter, stored: dict, encoder: dict, folder: Path) -> None:
+    """Copy the tensors in; what follows from others (tied copies, computed prompts) must agree with them."""
     with torch.no_grad():
-        for path, layer in model.adapters[name].modules.items():
-            layer.lora_A.copy_(stored[f"{path}.lora_A"])
-            layer.lora_B.copy_(stored[f"{path}.lora_B"])
+        for path, part in adapter.modules.items():
+            if isinstance(part, Slot):
+                for key, parameter in part.trainable_state().items():
+                    parameter.copy_(encoder[key] if part.encoded else stored[key])
+                continue
+            own = dict(part.named_parameters(recurse=False))
+            for parameter, key in part.keys.items():
+                if parameter in own:
+                    own[parameter].copy_(stored[f"{PREFIX}{path}.{key}"])
+        for key, tensor in _state(adapter).items():
+            # an encoder's products may be summed in another order elsewhere: a few roundings of fp32
+            close = 1e-5 * (1 + tensor.abs().max()) if encoder else 0.0
+            if (tensor.cpu() - stored[key]).abs().max() > close:
+                raise ValueError(
+                    f"{folder / WEIGHTS}: {key} is not what the other tensors make it; the files belong to "
+                    "different adapters"
+                )
 
 
-def lora_from_peft(config: dict, where) -> LoRA:
-    """The LoRA that a PEFT config means; an unsupported field that would change the forward raises."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'"
-        )
-    for name, value in config.items():
-        neutral = value in (None, False, [], {}, "none") or (name == "lora_bias" and not value)
-        if name not in READ | INERT and not neutral:
+def _check_scaling(adapter, facts: dict, folder: Path) -> None:
+    """The scale ledger: what config and patterns give must be what the adapter was trained with."""
+    ledger = json.loads(facts.get("minift.scaling", "{}"))
+    for site in adapter.plan.sites:
+        was = ledger.get(site.path, site.scaling)
+        if site.scaling is not None and abs(was - site.scaling) > 1e-12 * abs(was):  # of products in fp64
             raise ValueError(
-                f"{where}: {name} = {value!r} is not supported, and leaving it out could change the result"
+                f"{folder}: {CONFIG} says scaling {site.scaling!r} for {site.path}, {WEIGHTS} {was!r}; "
+                "the two files belong to different adapters"
             )
-    init = config.get("init_lora_weights")
-    if not isinstance(init, str | bool | None) or str(init).lower().startswith(RESIDUAL_INITS):
+
+
+def _check_facts(model, folder, facts: dict, check_base: bool, template: str | None) -> None:
+    if check_base and facts.get("minift.base_fingerprint", fingerprint(model)) != fingerprint(model):
         raise ValueError(
-            f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter to a "
-            "plain LoRA on the original base first"
+            f"{folder} was trained on another base than this one (fingerprints differ): on "
+            f"{facts.get('minift.base', 'one that the file does not describe')}, not on "
+            f"{describe_base(model)}; load that base, or pass check_base=False to load_adapter"
         )
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{where}: bias = {config['bias']!r} is not supported; supported: 'none'")
-    targets = config.get("target_modules")
-    if isinstance(targets, str) and targets != ALL_LINEAR:
+    known = facts.get("minift.template")
+    if template is not None and known not in (None, template_hash(template)):
         raise ValueError(
-            f"{where}: target_modules {targets!r} is a regular expression; list the module names instead"
+            f"{folder} was trained with {'no' if known == NO_TEMPLATE else 'another'} chat template "
+            f"({known[:12]}, here {template_hash(template)[:12]}); use that one, or pass template=None to "
+            "load_adapter"
         )
-    layers = config.get("layers_to_transform")
-    excluded = _listed(config.get("exclude_modules"))  # PEFT allows a name on both lists
-    return LoRA(
-        r=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=config.get("use_rslora") or False,
-        target_modules=tuple(t for t in _listed(targets) if t not in excluded),
-        exclude_modules=tuple(excluded),
-        layers_to_transform=tuple(map(str, _listed(layers))),
-    )
-
-
-def _listed(value) -> list:
-    return [] if value is None else [value] if isinstance(value, str | int) else list(value)
-
-
-def _our_key(key: str) -> str:
-    """PEFT's key without its prefix, `.weight`, and an adapter name that older files kept."""
-    path = key.removeprefix(PREFIX)
-    for part in ("lora_A", "lora_B"):
-        head, found, tail = path.rpartition(f".{part}.")
-        if found and key.startswith(PREFIX) and tail.split(".")[-1] == "weight" and tail.count(".") <= 1:
-            return f"{head}.{part}"
-    raise ValueError(
-        f"unexpected key {key}; a LoRA file holds {PREFIX}<module>.lora_A.weight and .lora_B.weight"
-    )
-
-
-def _peft_targets(model: LanguageModel, paths: list[str]) -> tuple[list[str], list[int] | None]:
-    """target_modules and layers_to_transform that mean exactly these paths; last names where they suffice."""
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    blocks = sorted({model.block_index(path) for path in paths} - {None})
-    everywhere = [p for p in base_layers(model) if any(fits(p, n) for n in names)]
-    if sorted(everywhere) == sorted(paths):
-        return names, None
-    inside = all(model.block_index(path) is not None for path in paths)
-    if inside and sorted(match(model, names, layers=blocks)) == sorted(paths):
-        return names, blocks
-    return sorted(paths), None
-
-
-def _base(model: LanguageModel) -> str:
-    """Source, dtype and quantization of a base, in words."""
-    recipes = [
-        f"{r.format} in blocks of {r.block_size}{', double' * r.double_quant}" for r in model.quantization
-    ]
-    dtype = str(model.dtype).removeprefix("torch.")
-    return (
-        f"{model.source or 'a model made in Python'} in {dtype}, {' and '.join(recipes) or 'not quantized'}"
-    )
-
-
-def fingerprint(model: LanguageModel) -> str:
-    """SHA-256 over the base's parameter names and shapes and, as bf16, the first and last row of each.
-
-    Of quantized parameters, the first and last 1024 bytes. The same for a base held in fp32 or bf16; wrappers
-    and adapters are left out.
-    """
-    digest = hashlib.sha256()
-    base = base_parameters(model)
-    for name, p in sorted(base.items()):
-        digest.update(f"{name}:{tuple(p.shape)}".encode())
-        if p.dtype == torch.uint8 and not p.is_meta:
-            digest.update(torch.cat((p.detach()[:1024], p.detach()[-1024:])).cpu().numpy().tobytes())
-        elif not p.is_meta:
-            ends = torch.stack((p.detach()[0], p.detach()[-1])).to(torch.bfloat16).cpu()
-            digest.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _resident(model: LanguageModel, name: str):

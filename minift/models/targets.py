@@ -26,17 +26,16 @@ def match(
     layers=(),
     fields=("target_modules", "exclude_modules"),
     among=None,
+    what="linear layer",
 ) -> dict[str, str]:
     """Path -> the first rule that means it, in the model's order. A rule that matches nothing is an error.
 
-    `among` are the paths that rules may mean; by default those of the linear layers.
-
-    `layers` holds block numbers and ranges, as 3 or "8-15"; empty means all, and layers outside the blocks.
-    `fields` is what errors call the two lists of rules.
+    `among` are the paths that rules may mean, by default those of the linear layers, and `what` is their
+    kind, in words. `layers` holds block numbers and ranges, as 3 or "8-15"; empty means all, and layers
+    outside the blocks. `fields` is what errors call the two lists of rules.
     """
     linear = base_layers(model)
     paths = list(linear if among is None else among)
-    kind = "no linear layer" if among is None else "no module that can be meant here"
     if not target_modules:
         raise ValueError(f"{fields[0]} is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
 
@@ -48,7 +47,7 @@ def match(
     for field, rules in zip(fields, (target_modules, exclude_modules), strict=True):
         for rule in rules:
             if not hits(rule):
-                raise ValueError(f"{field} {[rule]} match {kind}; nearest: {nearest(rule, paths)}")
+                raise ValueError(f"{field} {[rule]} match no {what}; nearest: {nearest(rule, paths)}")
     excluded = {path for rule in exclude_modules for path in hits(rule)}
     wanted = parse_layers(layers, len(model.blocks))
     found = {}

@@ -21,6 +21,7 @@ WRITTEN = (
     "loss.png",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapter_encoder.safetensors",
     "model/config.json",
     "model/model.safetensors",
 )
@@ -56,11 +57,11 @@ def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
     return output
 
 
-def save_trained(model: LanguageModel, output: Path) -> None:
+def save_trained(model: LanguageModel, output: Path, template: str) -> None:
     """The adapter, or the whole model where everything trained."""
     name = list(model.adapters)[-1]
     if model.adapters[name].method.adapter_file:
-        save_adapter(model, output, name)
+        save_adapter(model, output, name, template)
     else:
         write_folder(output / "model", model.config.to_hf(), dict(model.named_parameters()), model.dtype)
 

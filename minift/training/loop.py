@@ -18,7 +18,7 @@ from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.memory import peak_memory_mib, release_free_memory
 from minift.methods.base import Method, buffers, trainable
-from minift.methods.files import fingerprint
+from minift.methods.fingerprint import NO_TEMPLATE, fingerprint
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
@@ -84,6 +84,7 @@ def train(
         config,
         output,
         key,
+        tokenizer.chat_template if config.template == "chat" else NO_TEMPLATE,
     )
     first = _begin(run, recorded, resume)
     log = Log(output / "log.jsonl", first, run.total, config.log_every, quiet)
@@ -93,7 +94,7 @@ def train(
     finally:
         log.close()
         model.eval()
-    save_trained(model, output)
+    save_trained(model, output, run.template)
     return _summarize(run, log, output)
 
 
@@ -113,6 +114,7 @@ class Run:
     config: TrainConfig
     output: Path
     key: dict  # what a checkpoint must have been made with
+    template: str  # the chat template's text, or "none"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -208,7 +210,7 @@ class Run:
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
         kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key, self.buffers)
-        save_trained(self.objective.model, self.output)
+        save_trained(self.objective.model, self.output, self.template)
         return (
             f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and "
             f"{kept.name} to go on from with --resume"

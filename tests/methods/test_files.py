@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import minift
 from minift.methods.base import trainable
-from minift.methods.files import fingerprint, lora_from_peft
+from minift.methods.fingerprint import fingerprint
+from minift.methods.peft_format import from_config
 
 METHOD = minift.LoRA(r=3, alpha=5.0, rslora=True, target_modules=["q_proj", "down_proj"])
 
@@ -61,7 +62,12 @@ def test_the_layout_is_that_of_peft(saved):
         and config["target_modules"] == ["down_proj", "q_proj"]
     )
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
-        assert f.metadata()["format"] == "pt" and float(f.metadata()["minift.scaling"]) == METHOD.scaling
+        facts = f.metadata()
+    assert facts["format"] == "pt" and json.loads(facts["minift.scaling"]) == {
+        f"model.layers.{i}.{name}": METHOD.scaling
+        for i in (0, 1)
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
     assert oct((folder / "adapter_model.safetensors").stat().st_mode & 0o777) in (
         "0o644",
         "0o664",
@@ -116,10 +122,13 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({Q: torch.zeros(2, 32)}), r"expected floating-point \(3, 32\)"),
         (lambda t: t.update({Q: torch.zeros(3, 32, dtype=torch.int8)}), "torch.int8"),
         (lambda t: t.update({Q: torch.full((3, 32), float("inf"))}), "not finite"),
-        (lambda t: t.update({"somewhere.lora_A.weight": torch.zeros(1)}), "unexpected key somewhere"),
+        (
+            lambda t: t.update({"somewhere.lora_A.weight": torch.zeros(1)}),
+            "unexpected 1 tensor.*first somewhere",
+        ),
         (
             lambda t: t.update({Q.replace("lora_A", "lora_magnitude_vector"): torch.zeros(1)}),
-            "unexpected key",
+            "unexpected 1 tensor.*lora_magnitude",
         ),
     ],
 )
@@ -135,20 +144,31 @@ def test_tensors_that_do_not_fit_are_refused_and_touch_nothing(saved, change, me
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "lacks 4 tensor.*lora_magnitude_vector"),
+        ({"rank_pattern": {"q_proj": 4}}, r"expected floating-point \(4, 32\)"),
+        ({"alpha_pattern": {"q_proj": 4}}, "says scaling .* belong to different adapters"),
+        ({"alpha_pattern": {"^q_proj": 4}}, "alpha_pattern '.q_proj' is a regular expression"),
+        ({"modules_to_save": ["lm_head"]}, "lacks 1 tensor.*lm_head.weight"),
+        ({"modules_to_save": ["nothing"]}, r"modules_to_save \['nothing'\] match no module"),
         ({"lora_bias": True}, "lora_bias"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "VERA"}, "peft_type 'VERA' is not supported; supported: LORA"),
+        ({"peft_type": ["LORA"]}, "peft_type .'LORA'. is not supported"),
         ({"target_modules": ".*q_proj"}, "regular expression"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
         ({"r": 0}, "r is 0"),
         ({"r": 10**9}, "above the smaller side"),
         ({"target_modules": ["nope"]}, "match no linear"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"x": 1}}, "use_bdlora"),
+        ({"kasa_config": {"x": 1}}, "kasa_config"),
+        ({"velora_config": {"x": 1}}, "velora_config"),
+        ({"monteclora_config": {"x": 1}}, "monteclora_config"),
+        ({"arrow_config": {"x": 1}}, "arrow_config"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )
@@ -161,8 +181,10 @@ def test_a_config_field_that_would_change_the_forward_is_refused_by_name(saved, 
 
 def test_what_peft_leaves_out_or_adds_without_meaning_is_accepted(saved):
     minimal = {"peft_type": "LORA", "target_modules": ["q_proj"]}
-    assert lora_from_peft(minimal, "x") == minift.LoRA(r=8, alpha=8, target_modules=["q_proj"])
-    method = lora_from_peft(
+    model = tiny_llama()
+    plain = minift.LoRA(r=8, alpha=8, target_modules=["q_proj"], tied="untie")
+    assert from_config(minimal, "x", model) == plain
+    method = from_config(
         {
             **minimal,
             "peft_version": "0.21.2",
@@ -173,6 +195,7 @@ def test_what_peft_leaves_out_or_adds_without_meaning_is_accepted(saved):
             "init_lora_weights": "gaussian",
         },
         "x",
+        model,
     )
     assert method.layers_to_transform == ("3",)
 
