@@ -11,9 +11,11 @@ USAGE = """minift VERB ...
   demo  [--quick] [--method qlora]       fine-tune SmolLM2 on functions and docstrings, before and after
   fetch NAME                             get real weights into the cache folder: smollm2, minilm
   train CONFIG.toml [--PATH VALUE ...]   fine-tune; --overwrite or --resume for a folder that holds a run
-  plan  CONFIG.toml [--PATH VALUE ...]   what that config would train, without loading weights
+  plan  [CONFIG.toml] [--PATH VALUE ...] what that config would train, without loading weights
+  params --model NAME --method lora --r 8 [--by layer|module] [--json]   parameters and bytes from shapes
   quantize MODEL [--format nf4] [--report [DIR]] [--output DIR]      error of each layer; a 4-bit checkpoint
   merge MODEL --adapter DIR --output DIR [--quantize nf4] [--mode M]  fold an adapter in, with its error
+  rank show|advise|set|shrink|grow DIR [--r 4] [--energy 0.99] [--output DIR]    ranks of an adapter folder
   generate MODEL [--adapter DIR] TEXT    continue a text, or answer it with --chat
   env                                    versions, devices, which kernels run here and why
 
@@ -28,8 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         "fetch": fetch,
         "train": train,
         "plan": plan,
+        "params": params,
         "quantize": quantize,
         "merge": merge,
+        "rank": rank,
         "generate": generate,
         "env": env,
     }
@@ -134,15 +138,35 @@ def train(argv):
     print(f"adapter, log and plot are in {config.train.output}")
 
 
-def plan(argv):
-    config, _ = _run_config("plan", argv)
-    from minift.load import build_model
-    from minift.quant.model import layers_to_quantize
+def _shapes_config(verb, argv):
+    """A config of `plan` or `params`, which need no data and take the method's fields bare; other flags."""
+    from minift import config
 
-    model = build_model(config.model)
-    if config.quantize:
-        layers_to_quantize(model, config.quantize)
-    print(config.method.plan(model))
+    named = argv[:1] if argv and not argv[0].startswith("--") else []
+    flags = config.read_flags(argv[len(named) :])
+    files = {*named, *([flags.pop("config")] if "config" in flags else [])}
+    if len(files) > 1:
+        raise ValueError(f"two configs are given, {' and '.join(sorted(files))}; leave one out")
+    if not files and "model" not in flags:
+        raise ValueError(f"minift {verb} needs a CONFIG.toml, or --model NAME and --method NAME")
+    tree = {"data": "", **(config.read_config(files.pop()) if files else {})}
+    own = {name: flags.pop(name) for name in ("by",) if verb == "params" and name in flags}
+    return config.run_config(config.override(tree, config.place_bare(tree, flags))), own
+
+
+def plan(argv):
+    config, _ = _shapes_config("plan", argv)
+    from minift.reports.parameters import plan_table
+
+    print(plan_table(config.model, config.method, config.base_quantization, config.dtype))
+
+
+def params(argv):
+    config, own = _shapes_config("params", [word for word in argv if word != "--json"])
+    from minift.reports.parameters import params as report
+
+    recipe = config.base_quantization
+    print(report(config.model, config.method, recipe, config.dtype, as_json="--json" in argv, **own))
 
 
 def quantize(argv):
@@ -176,6 +200,21 @@ def merge(argv):
     from minift.reports.merging import merge as run
 
     run(a.model, a.adapter, a.output, recipe, a.mode, a.dtype, a.text)
+
+
+def rank(argv):
+    parser = _Parser("minift rank", allow_abbrev=False)
+    parser.add_argument("verb", help="show, advise, set, shrink or grow")
+    parser.add_argument("adapter", help="a folder")
+    parser.add_argument("--r", nargs="+", metavar="R", help="one rank, or RULE=RANK for some layers")
+    parser.add_argument("--energy", type=float, help="share of the squared singular values to keep")
+    parser.add_argument("--output", default="", help="a new folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows that grow adds")
+    a = parser.parse_args(argv)
+    from minift.reports.ranks import parse_ranks
+    from minift.reports.ranks import rank as run
+
+    run(a.verb, a.adapter, parse_ranks(a.r), a.energy, a.output, a.seed)
 
 
 QUANTIZATION_FIELDS = ("format", "block_size", "double_quant", "only", "skip")

@@ -61,7 +61,7 @@ def read_config(path: str | Path) -> dict:
 
 
 def read_flags(words: list[str]) -> dict[str, str]:
-    """`--a.b value` and `--a.b=value` -> {"a.b": "value"}."""
+    """`--a.b value` and `--a.b=value` -> {"a.b": "value"}; a dash in a name is an underscore."""
     flags, words = {}, list(words)
     while words:
         word = words.pop(0)
@@ -74,8 +74,36 @@ def read_flags(words: list[str]) -> dict[str, str]:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value")
             value = words.pop(0)
-        flags[name] = value
+        path = name.replace("-", "_")
+        if flags.get(path, value) != value:
+            raise ValueError(f"--{name} is given twice, as {flags[path]!r} and {value!r}; leave one out")
+        flags[path] = value
     return flags
+
+
+def place_bare(tree: dict, flags: dict[str, str]) -> dict[str, str]:
+    """`--r 8` -> `method.r`, for the fields of the method that tree and flags name."""
+    name = flags.get("method", flags.get("method.name"))
+    if name is None:
+        table = override(tree, {}).get("method", {})
+        name = table.get("name", LoRA.name)
+    known, settings = _names(_method_class(name, "method.")), _names(RunConfig)
+    placed, spelled = {}, {}
+    for flag, value in flags.items():
+        first, path = flag.partition(".")[0], f"{flag}.{NAMED_TABLES[flag]}" if flag in NAMED_TABLES else flag
+        if first not in settings:
+            if first not in known:
+                close = difflib.get_close_matches(first, known + settings, n=1, cutoff=0.5)
+                hint = f"did you mean --{close[0]}?" if close else f"known: {', '.join(known + settings)}"
+                raise ValueError(f"unknown setting --{flag}, neither of a run nor of method {name}; {hint}")
+            path = f"method.{flag}"
+        if placed.get(path, value) != value:
+            raise ValueError(
+                f"--{spelled[path]} {placed[path]} and --{flag} {value} set the same and contradict each "
+                "other; leave one out"
+            )
+        placed[path], spelled[path] = value, flag
+    return placed
 
 
 def override(tree: dict, flags: dict[str, str]) -> dict:
@@ -129,10 +157,13 @@ def build(cls, values: dict, path: str):
 
 def _method(values: dict, path: str) -> Method:
     values = dict(values)
-    name = values.pop("name", "lora")
+    return build(_method_class(values.pop("name", LoRA.name), path), values, path)
+
+
+def _method_class(name, path: str) -> type[Method]:
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"{path}name is {name!r}; known methods: {', '.join(METHODS)}")
-    return build(METHODS[name], values, path)
+    return METHODS[name]
 
 
 def _names(cls) -> list[str]:
@@ -150,6 +181,11 @@ def _value(hint, value, path: str):
         if not isinstance(items, list | tuple) or any(type(i) not in (str, int) for i in items):
             raise ValueError(f"{path} is {value!r}, expected a list")
         return tuple(str(item).strip() for item in items if str(item).strip())
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is {value!r}, expected a table")
+        kind = typing.get_args(hint)[1]
+        return {rule: _value(kind, item, f"{path}.{rule}") for rule, item in _leaves(value).items()}
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if hint in (int, float) and isinstance(value, str):
@@ -162,3 +198,11 @@ def _value(hint, value, path: str):
     if type(value) is not hint:
         raise ValueError(f"{path} is {value!r}, expected {hint.__name__}")
     return value
+
+
+def _leaves(table: dict, before: str = "") -> dict:
+    """{"self_attn": {"q_proj": 4}} -> {"self_attn.q_proj": 4}: rules hold dots, as paths of tables do."""
+    found = {}
+    for key, value in table.items():
+        found |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found

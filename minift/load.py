@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from minift.data import tokenizer as tokenizers
 from minift.fetch import ALIASES, cached
@@ -14,21 +13,13 @@ from minift.memory import release_free_memory
 from minift.models import MODELS, weights
 from minift.models.gguf_file import read_gguf
 from minift.models.interface import LanguageModel, is_quantized
+from minift.models.skeleton import shapes_only
 from minift.models.wrappers import base_layers, replace_module
 from minift.quant import Quantization, bnb
 from minift.quant.linear import QuantizedLinear
 from minift.quant.model import layers_to_quantize, quantize_layer, record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class SkipInit(TorchFunctionMode):
-    """Leave out torch.nn.init: random starts on the meta device load 77 MB of modules for nothing."""
-
-    def __torch_function__(self, function, kinds, arguments=(), keywords=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return arguments[0] if arguments else keywords["tensor"]
-        return function(*arguments, **(keywords or {}))
 
 
 def locate(source: str | Path) -> Path:
@@ -149,7 +140,7 @@ def _open(source, files: ExitStack):
     bnb.check_config(config)
     if config.pop("quantization_config", None) and not bnb.quantized_paths(tensors):
         raise ValueError(f"{path}: config.json announces 4-bit weights, and no tensor has a quant_state")
-    with torch.device("meta"), SkipInit():
+    with shapes_only():
         model = model_class(config_class.from_hf(config))
     model.source = str(source)
     return model, tensors

@@ -55,33 +55,47 @@ class Plan:
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
         )
 
-    def table(self, every_layer: bool = True) -> str:
-        """module, rule, r, scaling, dtype, parameters; rows that differ in the block as one, or each."""
-        rows = [("module", "rule", "r", "scaling", "dtype", "parameters")]
+    def table(self, every_layer: bool = True, bases: dict[str, str] | None = None) -> str:
+        """A row for each site, or one for those that differ in the block alone.
+
+        `bases`: path -> what the base layer there is stored as, for one more column.
+        """
+        rows = [("module", "rule", "r", "alpha", "scaling", "dtype", "base", "parameters")]
+        scale = getattr(self.method, "scale", None)  # (r, alpha), proportional to alpha
         for path, sites in _each(self.sites) if every_layer else _grouped(self.sites):
             s = sites[0]
+            known = scale and s.r and s.scaling is not None
             rows.append(
                 (
                     path,
                     s.rule,
                     "-" if s.r is None else str(s.r),
+                    f"{s.scaling / scale(s.r, 1.0):g}" if known else "-",
                     "-" if s.scaling is None else f"{s.scaling:g}",
                     s.dtype,
+                    (bases or {}).get(s.path, "-"),
                     f"{sum(x.parameters for x in sites):,}",
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join(lines)
+        if bases is None:
+            rows = [(*row[:6], row[7]) for row in rows]
+        return aligned(rows, right=(2, 3, 4, len(rows[0]) - 1))
 
     def __str__(self):
         return f"{self.table(every_layer=False)}\n{self.totals()}"
+
+
+def aligned(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    """Rows of texts as a table; the columns `right` end at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _each(sites):

@@ -10,6 +10,7 @@ adapter_up.weight (D, m), adapter_up.bias (D) under the path of the module that 
 selective hold the trained parameters under the base's own names.
 """
 
+import dataclasses
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -97,7 +98,7 @@ def load_adapter(
         facts = opened.metadata() or {}
         stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     _check_facts(model, folder, facts, check_base, template)
-    method, encoder = from_config(config, folder / CONFIG, model), {}
+    method, encoder = _with_our_fields(from_config(config, folder / CONFIG, model), facts, model), {}
     if (folder / ENCODER).exists():
         method, encoder = _read_encoder(folder, method)
     requires_grad = {p: p.requires_grad for p in model.parameters()}
@@ -135,6 +136,20 @@ def _encoder_state(adapter) -> dict[str, torch.Tensor]:
     }
 
 
+def _with_our_fields(method, facts: dict, model):
+    """The method with the fields that PEFT has no place for, if the file has some and means the same."""
+    fields = json.loads(facts.get("minift.method", "{}"))
+    known = {field.name for field in dataclasses.fields(method)}
+    if fields.pop("name", None) != method.name or fields.keys() - known:
+        return method
+    ours = type(method)(**fields)
+    same = [
+        [(s.path, s.shape, s.r, s.scaling) for s in candidate.plan(model).sites]
+        for candidate in (ours, method)
+    ]
+    return ours if same[0] == same[1] else method
+
+
 def _read_encoder(folder: Path, exported):
     """(the method with its encoder, the encoder's tensors) of virtual tokens that can be trained further."""
     with ExitStack() as files:
@@ -146,7 +161,7 @@ def _read_encoder(folder: Path, exported):
         raise ValueError(
             f"{folder / ENCODER} does not say which method it belongs to; remove it or restore it"
         )
-    method = METHODS[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
+    method = METHODS[name](**facts)
     if method.num_virtual_tokens != exported.num_virtual_tokens:
         raise ValueError(
             f"{folder}: {CONFIG} says num_virtual_tokens {exported.num_virtual_tokens}, {ENCODER} "

@@ -3,14 +3,15 @@
     y = base(x) + scaling * B A dropout(x),   A (r, in), B (out, r)
     scaling = alpha / r, or alpha / sqrt(r) with rslora
 
-By default A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero: the wrapped layer starts
-exactly as the base. Trainable: r * (in + out) for each layer, and all of `modules_to_save`.
+By default A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero; an embedding's A starts at
+zero and its B normal. The wrapped layer starts exactly as the base, whatever `init` says.
+Trainable: r * (in + out) for each layer, and all of `modules_to_save`.
 Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1 and its code (microsoft/LoRA); rsLoRA: Kalajdzievski
 2023, arXiv:2312.03732, definition 3.1; LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 5.
 """
 
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
+from math import inf, prod
 from typing import ClassVar
 
 import torch
@@ -20,8 +21,8 @@ from minift.methods.base import Method, Plan, Site, generator
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead, embedding_shape
 from minift.methods.olora import olora
 from minift.methods.pissa import pissa
-from minift.methods.selective import TIED, inject_trained, path_of, plan_trained
-from minift.models.interface import LanguageModel, dense_weight, parameter_count
+from minift.methods.selective import TIED, as_rules, inject_trained, path_of, plan_trained
+from minift.models.interface import LanguageModel, parameter_count
 from minift.models.targets import fits, match
 from minift.models.wrappers import bare_modules, get_module, innermost, is_base_layer, replace_module
 
@@ -33,17 +34,18 @@ def kaiming(layer: nn.Module, r: int, scaling: float, random: torch.Generator) -
 
 
 def gaussian(layer: nn.Module, r: int, scaling: float, random: torch.Generator) -> tuple[torch.Tensor, None]:
-    """A ~ N(0, 1/r^2); B = 0."""
+    """A ~ N(0, 1/r^2), as in PEFT; B = 0."""
     return torch.empty(r, layer.in_features).normal_(0, 1 / r, generator=random), None
 
 
-# (layer, r, scaling, random) -> where A and B start; B of None is zero, any other start is taken off again
-INITS = {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "pissa": lambda layer, r, scaling, random: pissa(dense_weight(innermost(layer)), r, scaling),
-    "olora": lambda layer, r, scaling, random: olora(dense_weight(innermost(layer)), r),
-}
+def first_fit(pattern: dict, path: str) -> str | None:
+    """The rule of a pattern that counts for a path."""
+    return next((rule for rule in pattern if fits(path, rule)), None)
+
+
+# (layer, r, scaling, random) -> where A and B start; a B of None is zero, any other is taken off again
+INITS = {"kaiming": kaiming, "gaussian": gaussian, "pissa": pissa, "olora": olora}
+TIED_TO = "tied to "  # before the embedding's path: the rule of a head that shares its branch
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class LoRA(Method):
     alpha: float = 16.0
     """Numerator of the scaling."""
     dropout: float = 0.0
-    """Probability of zeroing an input of the branch while training."""
+    """Probability of zeroing an input of the branch while training; an embedding has none to zero."""
     rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
@@ -66,51 +68,40 @@ class LoRA(Method):
     layers_to_transform: tuple[str, ...] = ()
     """Block numbers and ranges, as 3 or "8-15"; empty means every block."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rule -> rank, for layers that differ; the first rule that fits counts."""
+    """Rule -> rank, for layers that differ; the first that fits counts, each must count somewhere."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Rule -> alpha, likewise."""
     init: str = "kaiming"
-    """Where A and B start: one of INITS."""
+    """Where A and B of linear layers start: one of INITS."""
     lr_ratio: float = 1.0
-    """Learning rate of B as a multiple of A's (LoRA+)."""
+    """Learning rate of the linear layers' B as a multiple of what all else has (LoRA+)."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that train as a whole, by the same rules."""
     tied: str = "refuse"
     """Where head and embedding are one weight and one is meant: both (adapted as one), untie, refuse."""
 
-    inits: ClassVar[tuple[str, ...]] = tuple(INITS)
+    inits: ClassVar[dict] = INITS
 
     def __post_init__(self):
         for rules in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            value = getattr(self, rules)
-            value = (value,) if isinstance(value, str | int) else value
-            object.__setattr__(self, rules, tuple(str(rule) for rule in value))
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is {self.r!r}; the rank is a whole number of at least 1")
-        for name, kinds in (("dropout", (int, float)), ("lr_ratio", (int, float)), ("rslora", bool)):
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
-                raise ValueError(f"{name} is {value!r}; it is a {'bool' if kinds is bool else 'number'}")
-        for name, value in (
-            ("alpha", self.alpha),
-            *((f"alpha_pattern {k}", v) for k, v in self.alpha_pattern.items()),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; it must be a positive and finite number")
-        for rule, value in self.rank_pattern.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"rank_pattern {rule} is {value!r}; a rank is a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if not 0 < self.lr_ratio < float("inf"):
-            raise ValueError(f"lr_ratio is {self.lr_ratio}; it must be positive and finite")
+            object.__setattr__(self, rules, as_rules(getattr(self, rules)))
+        ranks = {"r": self.r} | {f"rank_pattern {rule}": r for rule, r in self.rank_pattern.items()}
+        for name, r in ranks.items():
+            if type(r) is not int or r < 1:
+                raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
+        positive = {"alpha": self.alpha, "lr_ratio": self.lr_ratio}
+        positive |= {f"alpha_pattern {rule}": alpha for rule, alpha in self.alpha_pattern.items()}
+        for name, value in positive.items():
+            if type(value) not in (int, float) or not 0 < value < inf:
+                raise ValueError(f"{name} is {value!r}; it is a positive and finite number")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it is a number of at least 0 and below 1")
+        if type(self.rslora) is not bool:
+            raise ValueError(f"rslora is {self.rslora!r}; it is True or False")
         for name, known in (("init", self.inits), ("tied", TIED)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
-
-    @property
-    def identity_at_init(self) -> str:
-        return "bitwise" if self.init in ("kaiming", "gaussian") else "bound"
+                hint = " (loftq quantizes as it starts: method qlora)" * (getattr(self, name) == "loftq")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}{hint}")
 
     def scale(self, r: int, alpha: float) -> float:
         return alpha / (r**0.5 if self.rslora else r)
@@ -121,34 +112,63 @@ class LoRA(Method):
         return self.scale(self.r, self.alpha)
 
     def plan(self, model: LanguageModel) -> Plan:
-        modules, sites = bare_modules(model), []
-        among = [
-            path for path, m in modules.items() if is_base_layer(m) or isinstance(innermost(m), nn.Embedding)
-        ]
-        rules = match(model, self.target_modules, self.exclude_modules, self.layers_to_transform, among=among)
+        modules, embed, head = bare_modules(model), path_of(model, model.embed), path_of(model, model.head)
+        rules = self._rules(model, modules)
+        one = model.tied and self.tied == "both" and bool(rules.keys() & {embed, head})
+        if one:  # the branch is the embedding's
+            rules = {embed: rules.get(embed) or rules[head]} | rules
+            rules.pop(head, None)
         self._check_patterns(rules)
-        for path, rule in rules.items():
-            sites.append(self._site(path, rule, modules[path]))
-        ends = {path_of(model, model.embed), path_of(model, model.head)} & rules.keys()
-        if model.tied and ends:
-            sites = self._with_tie(model, sites, ends)
+        sites = [self._site(path, rule, modules[path]) for path, rule in rules.items()]
+        if one:
+            sites.append(replace(sites[0], path=head, rule=TIED_TO + embed, parameters=0, formula=""))
+        saved = ()
         if self.modules_to_save:
-            sites += plan_trained(model, self.modules_to_save, "modules_to_save", self.tied)
-            twice = sorted(rules.keys() & {site.path.rpartition(".")[0] for site in sites if site.r is None})
-            if twice:
+            saved = plan_trained(model, self.modules_to_save, "modules_to_save", self.tied)
+        twice = {site.path for site in sites} & {site.path.rpartition(".")[0] for site in saved}
+        if twice:
+            raise ValueError(
+                f"target_modules and modules_to_save both mean {min(twice)}; leave it to one of them"
+            )
+        return Plan(self, (*sites, *saved), parameter_count(model))
+
+    def _rules(self, model, modules) -> dict[str, str]:
+        """Path -> the rule that means it."""
+        among = [p for p, m in modules.items() if is_base_layer(m) or isinstance(innermost(m), nn.Embedding)]
+        what, layers = "linear layer or embedding", self.layers_to_transform
+        rules = match(model, self.target_modules, self.exclude_modules, layers, among=among, what=what)
+        ends = [path for path in rules if modules[path] in (model.embed, model.head)]
+        if model.tied and ends and self.tied == "refuse":
+            raise ValueError(
+                f"target_modules means {' and '.join(ends)}, and head and embedding are one weight (tied); "
+                "say tied='both' for one branch on both, tied='untie' for that alone, or leave it out"
+            )
+        return rules
+
+    def _check_patterns(self, paths) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            dead = sorted(pattern.keys() - {first_fit(pattern, path) for path in paths})
+            if dead:
                 raise ValueError(
-                    f"target_modules and modules_to_save both mean {twice[0]}; leave it to one of them"
+                    f"{name} {dead[:1]} counts for no layer: it fits none that target_modules means, or a "
+                    "rule before it fits them too; remove it, or put it first"
                 )
-        return Plan(self, tuple(sites), parameter_count(model))
 
     def _site(self, path: str, rule: str, layer: nn.Module) -> Site:
-        r = next((r for key, r in self.rank_pattern.items() if fits(path, key)), self.r)
-        alpha = next((a for key, a in self.alpha_pattern.items() if fits(path, key)), self.alpha)
-        shape = (layer.out_features, layer.in_features) if is_base_layer(layer) else embedding_shape(layer)
+        r = self.rank_pattern.get(first_fit(self.rank_pattern, path), self.r)
+        alpha = self.alpha_pattern.get(first_fit(self.alpha_pattern, path), self.alpha)
+        linear = is_base_layer(layer)
+        if not linear and INITS.get(self.init) in (pissa, olora):
+            raise ValueError(
+                f"init {self.init!r} is for linear layers, and target_modules means the embedding {path}; "
+                "leave one of them out"
+            )
+        shape = (layer.out_features, layer.in_features) if linear else embedding_shape(layer)
         if r > min(shape):
             raise ValueError(
-                f"r is {r}, above the smaller side of {path} ({shape[0]} x {shape[1]}); a rank this high is "
-                f"no longer low, use at most {min(shape)}"
+                f"r is {r}, above the smaller side of {path} ({shape[0]} x {shape[1]}); use at most "
+                f"{min(shape)}, for this layer alone with rank_pattern"
             )
         parameters, formula = self.cost(r, *shape)
         return Site(path, rule, shape, parameters, formula, r=r, scaling=self.scale(r, alpha))
@@ -157,37 +177,14 @@ class LoRA(Method):
         """Trainable parameters of one layer, and the formula with its numbers."""
         return r * (fan_in + fan_out), f"{r} ({fan_in} + {fan_out})"
 
-    def _check_patterns(self, paths) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            for rule in getattr(self, name):
-                if not any(fits(path, rule) for path in paths):
-                    raise ValueError(f"{name} {[rule]} fits no layer that target_modules means")
-
-    def _with_tie(self, model, sites, ends) -> list[Site]:
-        """What a branch on the head or the embedding means where they are one weight."""
-        embed, head = path_of(model, model.embed), path_of(model, model.head)
-        if self.tied == "refuse":
-            raise ValueError(
-                f"{' and '.join(sorted(ends))}: {head} is tied to {embed}, and a branch on one alone would "
-                "untie them; say tied='both' for one branch on both, tied='untie', or leave it out of "
-                "target_modules"
-            )
-        if self.tied == "untie":
-            return sites
-        first = next(site for site in sites if site.path in ends)
-        sites = [site for site in sites if site.path not in ends]
-        shared = self._site(embed, first.rule, model.embed)
-        tied = Site(head, f"tied to {embed}", shared.shape, 0, r=shared.r, scaling=shared.scaling)
-        return [shared, *sites, tied]
-
     def inject(self, model, plan, name, seed):
         modules = model.adapters[name].modules
         for site in plan.sites:
             if site.r is None:
                 continue
             base = get_module(model, site.path)
-            if site.rule.startswith("tied to "):
-                layer = TiedLoRAHead(base, modules[site.rule.removeprefix("tied to ")])
+            if site.rule.startswith(TIED_TO):
+                layer = TiedLoRAHead(base, modules[site.rule.removeprefix(TIED_TO)], self.dropout)
             else:
                 layer = self.wrap(base, site, generator(seed, f"{name}:{site.path}"))
             modules[site.path] = layer
@@ -205,27 +202,19 @@ class LoRA(Method):
             return layer
         layer = self.linear(base, site, device)
         if device.type != "meta":
-            A, B = INITS[self.init](base, site.r, site.scaling, random)
-            if B is None:
-                layer.lora_A.data.copy_(A)
-            else:
-                layer.start_at(A, B)
+            layer.start_at(*self.inits[self.init](base, site.r, site.scaling, random))
         return layer
 
     def linear(self, base: nn.Module, site: Site, device) -> LoRALinear:
         return LoRALinear(base, site.r, site.scaling, self.dropout, device)
 
     def count(self, plan):
-        low = sum(s.r * sum(s.shape) for s in plan.sites if s.r and not s.rule.startswith("tied to "))
-        whole = sum(prod(s.shape) for s in plan.sites if not s.r and not s.rule.startswith("tied to "))
-        return low + whole
+        own = [s for s in plan.sites if not s.rule.startswith(TIED_TO)]
+        return sum(s.r * sum(s.shape) if s.r else prod(s.shape) for s in own)
 
     def param_groups(self, parameters):
         if self.lr_ratio == 1:
             return super().param_groups(parameters)
-        second = {name: p for name, p in parameters.items() if name.rpartition(".")[2] == "lora_B"}
-        first = [p for name, p in parameters.items() if name not in second]
-        return [
-            {"params": first, "lr_ratio": 1.0},
-            {"params": list(second.values()), "lr_ratio": self.lr_ratio},
-        ]
+        fast = {name: p for name, p in parameters.items() if name.endswith(".lora_B")}
+        rest = [p for name, p in parameters.items() if name not in fast]
+        return [{"params": rest, "lr_ratio": 1.0}, {"params": list(fast.values()), "lr_ratio": self.lr_ratio}]

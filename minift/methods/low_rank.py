@@ -2,9 +2,12 @@
 
     y = base(x) + scaling * B A dropout(x),   A (r, in), B (out, r)
 
-The branch computes in x's dtype from fp32 parameters. A start with B different from zero (PiSSA, OLoRA) is
-taken off again, so that the base keeps its weights: y = base(x) + scaling * (B A - B0 A0) dropout(x), with
-the frozen A0 = A and B0 = B of the start. `lora.py` says which layer gets which of them.
+The branch computes in x's dtype from fp32 parameters. A start A0, B0 with B0 different from zero (PiSSA,
+OLoRA) is kept, frozen, and taken off again, so that the base keeps its weights:
+
+    y = base(x) + scaling * (B A - B0 A0) dropout(x),   B A - B0 A0 = (B - B0) A + B0 (A - A0)
+
+computed as on the right: zero to the bit at the start, and no small change is lost beside a large start.
 Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
 """
 
@@ -17,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minift.kernels.lora_linear import lora_linear
 from minift.models.interface import stands_alone
-from minift.models.wrappers import Wrapper
+from minift.models.wrappers import Wrapper, innermost
 from minift.quant.linear import QuantizedLinear
 
 
@@ -62,7 +65,7 @@ class LoRALinear(Wrapper):
         self.r, self.scaling, self.dropout = r, scaling, dropout
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
-        self.register_buffer("start_A", None)  # A0 and B0, where the start is not zero
+        self.register_buffer("start_A", None)  # A0 and B0, where B0 is not zero
         self.register_buffer("start_B", None)
 
     def forward(self, x):
@@ -75,22 +78,23 @@ class LoRALinear(Wrapper):
                 rows = x.reshape(-1, self.in_features).contiguous()
                 y = lora_linear(rows, matrix, A, B, self.scaling)
                 return y.view(*x.shape[:-1], self.out_features)
-        y = self.base(x)
-        return self.where_meant(
-            LowRank.apply(F.dropout(x, self.dropout, self.training), y, A, B, self.scaling), y
-        )
+        y, dropped = self.base(x), F.dropout(x, self.dropout, self.training)
+        return self.where_meant(LowRank.apply(dropped, y, A, B, self.scaling), y)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) of the whole delta: with a start that is taken off, [A; A0] and [B, -B0], of rank 2r."""
+        """(A, B) of the whole delta: with a start that is taken off, [A; A - A0] and [B - B0, B0]."""
+        A, B = self.lora_A, self.lora_B
         if self.start_A is None:
-            return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, -self.start_B), dim=1)
+            return A, B
+        A = torch.cat((A, A - self.start_A))  # (2r, in)
+        return A, torch.cat((B - self.start_B, self.start_B), dim=1)  # (out, 2r)
 
-    def start_at(self, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Start at A and B instead of at a zero delta, and take their product off."""
+    def start_at(self, A: torch.Tensor, B: torch.Tensor | None) -> None:
+        """Start at A and a zero B, or at A and B with their product taken off."""
         self.lora_A.data.copy_(A)
-        self.lora_B.data.copy_(B)
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        if B is not None:
+            self.lora_B.data.copy_(B)
+            self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def delta(self, dtype=torch.float32) -> torch.Tensor:
         """scaling * B A, (out, in)."""
@@ -135,12 +139,13 @@ class LoRAEmbedding(Wrapper):
 
 
 class TiedLoRAHead(Wrapper):
-    """The head's share of a LoRAEmbedding where both are one weight: y = base(x) + scaling * (B A)^T x."""
+    """The head's share of a LoRAEmbedding, of one weight: y = base(x) + scaling * (B A)^T dropout(x)."""
 
     additive: ClassVar = True
 
-    def __init__(self, base: nn.Module, embedding: LoRAEmbedding):
+    def __init__(self, base: nn.Module, embedding: LoRAEmbedding, dropout: float = 0.0):
         super().__init__(base)
+        self.dropout = dropout
         self.of = (embedding,)  # not a child: its parameters belong to the embedding
 
     def forward(self, x):
@@ -149,7 +154,8 @@ class TiedLoRAHead(Wrapper):
             return y
         [e] = self.of
         A, B = e.lora_embedding_B.t(), e.lora_embedding_A.t()  # (r, D), (V, r)
-        return self.where_meant(LowRank.apply(x, y, A, B, e.scaling), y)
+        dropped = F.dropout(x, self.dropout, self.training)
+        return self.where_meant(LowRank.apply(dropped, y, A, B, e.scaling), y)
 
     def fold(self, tensors):
         return self.of[0].fold(tensors)
@@ -157,8 +163,7 @@ class TiedLoRAHead(Wrapper):
 
 def embedding_shape(layer: nn.Module) -> tuple[int, int]:
     """(V, D) of an embedding, wrapped or not."""
-    while isinstance(layer, Wrapper):
-        layer = layer.base
+    layer = innermost(layer)
     return layer.num_embeddings, layer.embedding_dim
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from minift.methods import METHODS
 from minift.methods.base import Method
+from minift.methods.ia3 import NONE
 from minift.methods.peft_lora import (
     ADALORA_FIELDS,
     LORA_FIELDS,
@@ -100,7 +101,7 @@ def from_config(config: dict, where, model: LanguageModel) -> Method:
 
 
 def _write_ia3(model, adapter) -> dict:
-    paths = {path: part.ia3_l.shape[0] == 1 for path, part in adapter.modules.items()}
+    paths = {path: part.feedforward for path, part in adapter.modules.items()}
     targets, layers = peft_targets(model, list(paths))
     inner = [path for path, feedforward in paths.items() if feedforward]
     if layers is not None:
@@ -121,7 +122,7 @@ def _read_ia3(config, where, model) -> Method:
             )
     return METHODS["ia3"](
         target_modules=tuple(listed(config.get("target_modules"))),
-        feedforward_modules=tuple(listed(config.get("feedforward_modules"))),
+        feedforward_modules=tuple(listed(config.get("feedforward_modules"))) or NONE,
     )
 
 

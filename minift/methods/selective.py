@@ -5,19 +5,21 @@
 The head alone, the last k blocks and the head, or any modules that rules mean. What trains is a copy in fp32,
 rounded to the base's dtype for computing, so that the base keeps its bits and the adapter can be switched
 off.
-Trainable: the sizes of those parameters, a tied weight once. Also used for `modules_to_save` of LoRA, BitFit
-and LayerNorm tuning.
+Trainable: the sizes of those parameters, a tied weight once. BitFit, LayerNorm tuning and LoRA's
+`modules_to_save` are made of the same parts.
+Source of the last blocks: Lee, Tang and Lin 2019, arXiv:1911.03090.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
+import torch
 from torch import nn
 from torch.func import functional_call
 
 from minift.methods.base import Method, Plan, Site
-from minift.models.interface import LanguageModel, is_quantized, parameter_count
+from minift.models.interface import LanguageModel, parameter_count
 from minift.models.targets import match
 from minift.models.wrappers import Wrapper, bare_modules, get_module, innermost, replace_module
 
@@ -25,15 +27,17 @@ TIED = ("refuse", "both", "untie")
 
 
 class Trained(Wrapper):
-    """A module computed with its own copy of some parameters; `like` shares another wrapper's copy."""
+    """A module computed with its own copy of some parameters, or with a parameter of another wrapper."""
 
-    def __init__(self, base: nn.Module, names: list[str], prefix: str = "", like: "Trained | None" = None):
+    def __init__(
+        self, base: nn.Module, names: list[str], prefix: str = "", shared: dict | None = None, stands_for=0
+    ):
         super().__init__(base)
-        self.names = names
-        self.keys = {} if like else {name: f"{prefix}{name}" for name in names}
+        self.names, self.stands_for, shared = names, stands_for, shared or {}
+        self.keys = {name: f"{prefix}{name}" for name in names if name not in shared}
         for name in names:
-            start = getattr(base, name)
-            own = like.get_parameter(name) if like else nn.Parameter(start.detach().float().clone())
+            start = getattr(base, name).detach()
+            own = shared[name] if name in shared else nn.Parameter(start.to(torch.float32, copy=True))
             self.register_parameter(name, own)
 
     def forward(self, *arguments):
@@ -44,7 +48,7 @@ class Trained(Wrapper):
         return adapted if self.rows is None else self.where_meant(adapted, self.base(*arguments))
 
     def replaced(self):
-        return sum(getattr(self, name).numel() for name in self.keys)
+        return self.stands_for
 
     def fold(self, tensors):
         return {name: getattr(self, name).to(t) if name in self.names else t for name, t in tensors.items()}
@@ -55,80 +59,91 @@ def plan_trained(
 ) -> tuple[Site, ...]:
     """A site for each parameter under the modules that rules mean; `only` keeps those of that last name."""
     modules = bare_modules(model)
-    rules = match(model, rules, layers=layers, fields=(field, "exclude_modules"), among=modules)
+    rules = match(
+        model, rules, layers=layers, fields=(field, "exclude_modules"), among=modules, what="module"
+    )
     head, embed = path_of(model, model.head), path_of(model, model.embed)
-    sites, seen = [], {}
+    sites, alive = {}, set()
     for root, rule in rules.items():
         for path, module in modules.items():
             if path != root and not path.startswith(root + "."):
                 continue
             for name, parameter in innermost(module)._parameters.items():
-                if parameter is None or (only and name not in only) or f"{path}.{name}" in seen:
+                if parameter is None or (only and name not in only):
                     continue
-                _check_trainable(path, module, field)
+                alive.add(rule)
+                if f"{path}.{name}" in sites:
+                    continue
+                _check_trainable(path, module, parameter, field)
                 shape, size = tuple(parameter.shape), parameter.numel()
-                seen[f"{path}.{name}"] = Site(
-                    f"{path}.{name}", rule, shape, size, " x ".join(map(str, shape)), replaces=True
-                )
-    sites = list(seen.values())
-    if model.tied and any(site.path in (f"{head}.weight", f"{embed}.weight") for site in sites):
-        sites = _with_tie(sites, f"{head}.weight", f"{embed}.weight", tied)
-    return tuple(sites)
+                formula = " x ".join(map(str, shape))
+                sites[f"{path}.{name}"] = Site(f"{path}.{name}", rule, shape, size, formula, replaces=True)
+    dead = [rule for rule in dict.fromkeys(rules.values()) if rule not in alive]
+    if dead:
+        raise ValueError(f"{field} {dead} mean modules without {' or '.join(only) or 'parameters'}")
+    if model.tied and sites.keys() & {f"{head}.weight", f"{embed}.weight"}:
+        if tied == "both":
+            for path in (embed, head):
+                _check_trainable(path, modules[path], model.embed_weight, field)
+        return _with_tie(list(sites.values()), f"{head}.weight", f"{embed}.weight", tied)
+    return tuple(sites.values())
 
 
-def _check_trainable(path, module, field):
+def _check_trainable(path, module, parameter, field):
     if isinstance(module, Wrapper):
         raise ValueError(
             f"{field} means {path}, which carries an adapter ({type(module).__name__}); merge or remove "
             "that first"
         )
-    if is_quantized(module):
+    if not parameter.is_floating_point():
         raise ValueError(
             f"{field} means {path}, whose {module.layout.format.name} codes have no gradient; leave it "
             "out, or load the model without quantization"
         )
 
 
-def _with_tie(sites, head: str, embed: str, tied: str) -> list[Site]:
+def _with_tie(sites, head: str, embed: str, tied: str) -> tuple[Site, ...]:
     """What training the head or the embedding means where they are one weight."""
-    means = {site.path: site for site in sites}
-    asked = embed if embed in means else head
+    means = {site.path: site for site in sites if site.path in (head, embed)}
+    rest = [site for site in sites if site.path not in means]
     if tied == "refuse":
         raise ValueError(
             f"{head} and {embed} are one weight (tied); say tied='both' to train both as one, or "
             "tied='untie' to give the one that is named its own"
         )
-    rest = [site for site in sites if site.path not in (head, embed)]
-    if tied == "untie":
-        return [*rest, *[means[name] for name in (embed, head) if name in means]]
-    first = means[asked]
-    shared = [
-        Site(embed, first.rule, first.shape, first.parameters, first.formula, replaces=True),
-        Site(head, "tied to " + embed.removesuffix(".weight"), first.shape, 0, replaces=True),
-    ]
-    return [*shared, *rest]
+    if tied == "untie":  # one of two weights stands for the shared one, any other is added
+        own = [means[name] for name in (embed, head) if name in means]
+        return (*rest, *own[:-1], replace(own[-1], replaces=False))
+    first = next(iter(means.values()))
+    tied_to = "tied to " + embed.removesuffix(".weight")
+    return (replace(first, path=embed), Site(head, tied_to, first.shape, 0, replaces=True), *rest)
 
 
 def inject_trained(model: LanguageModel, sites, name: str, prefix: str = "") -> None:
     """Put a Trained wrapper around each module that sites name parameters of."""
     groups = {}
     for site in sites:
-        path, _, parameter = site.path.rpartition(".")
-        groups.setdefault(path, []).append(parameter)
-    shares = {
-        site.path.rpartition(".")[0]: site.rule.removeprefix("tied to ")
-        for site in sites
-        if not site.parameters
-    }
+        groups.setdefault(site.path.rpartition(".")[0], []).append(site)
     modules = model.adapters[name].modules
-    for path, parameters in groups.items():
-        like = modules[shares[path]] if path in shares else None
-        modules[path] = Trained(get_module(model, path), parameters, prefix, like)
+    for path, own in groups.items():
+        names = [site.path.rpartition(".")[2] for site in own]
+        shared = {
+            parameter: getattr(modules[site.rule.removeprefix("tied to ")], parameter)
+            for parameter, site in zip(names, own, strict=True)
+            if not site.parameters
+        }
+        stands_for = sum(site.parameters for site in own if site.replaces)
+        modules[path] = Trained(get_module(model, path), names, prefix, shared, stands_for)
         replace_module(model, path, modules[path])
 
 
 def path_of(model: LanguageModel, wanted: nn.Module) -> str:
     return next(path for path, module in bare_modules(model).items() if module is wanted)
+
+
+def as_rules(value) -> tuple[str, ...]:
+    """One rule or a list of them, as a config may give them."""
+    return tuple(map(str, (value,) if isinstance(value, str | int) else value))
 
 
 @dataclass(frozen=True)
@@ -146,14 +161,15 @@ class Selective(Method):
     """Where head and embedding are one weight: both (train as one), untie (the one that is meant), refuse."""
 
     def __post_init__(self):
-        value = (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
-        object.__setattr__(self, "modules", value)
+        object.__setattr__(self, "modules", as_rules(self.modules))
         if (
             isinstance(self.last_blocks, bool)
             or not isinstance(self.last_blocks, int)
             or self.last_blocks < 0
         ):
             raise ValueError(f"last_blocks is {self.last_blocks!r}; it is a whole number of at least 0")
+        if not isinstance(self.head, bool):
+            raise ValueError(f"head is {self.head!r}; it is a bool")
         if self.tied not in TIED:
             raise ValueError(f"tied is {self.tied!r}; it is one of {', '.join(TIED)}")
         if not (self.modules or self.last_blocks or self.head):
@@ -165,7 +181,7 @@ class Selective(Method):
             raise ValueError(f"last_blocks is {self.last_blocks}; the model has {blocks} blocks")
         rules = [f"{model.blocks_path}.{i}" for i in range(blocks - self.last_blocks, blocks)]
         rules += [*self.modules, *([path_of(model, model.head)] if self.head else [])]
-        sites = plan_trained(model, rules, "modules", self.tied)
+        sites = plan_trained(model, rules, "modules, last_blocks or head", self.tied)
         return Plan(self, sites, parameter_count(model))
 
     def inject(self, model, plan, name, seed):

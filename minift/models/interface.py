@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.models.adapters import Adapters
-from minift.models.slots import active_slots, with_virtual_tokens
+from minift.models.slots import active_slots, most_virtual_tokens, with_virtual_tokens
 from minift.models.wrappers import Wrapper, innermost
 
 
@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
     sites: ClassVar[
         dict
     ] = {}  # role -> rules: attn_out, ffn (the whole), ffn_in, ffn_out, k, v, norms; see targets.match
+    takes_prefix = True  # its blocks take prefix_kv
     ignored_keys = ()  # checkpoint keys that this family knows and does not use, as regular expressions
 
     def __init__(self, config):
@@ -87,9 +88,10 @@ class LanguageModel(nn.Module):
 
         input_ids (B, T), or inputs_embeds (B, T, D) in their place. attention_mask (B, S) is 1 on real
         tokens, over the tokens in the cache and the new ones. position_ids (B, T) follow the mask by
-        default, so that left padding is right without being asked. prefix_kv: for each block keys and values
-        (B or 1, KV, P, hd) that stand before the text, as the cache would hold them. Virtual tokens of the
-        active adapters (models/slots.py) are added here and left out of what is returned.
+        default, so that left padding is right without being asked; they count from the start of the text.
+        prefix_kv: for each block keys and values (B or 1, KV, P, hd) that stand before the text, as the cache
+        would hold them, given with the first piece of a text alone. Virtual tokens of the active adapters
+        (models/slots.py) are added here and left out of what is returned.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T = x.shape[1]
@@ -107,8 +109,8 @@ class LanguageModel(nn.Module):
         return block(*arguments)
 
     def new_cache(self, B: int, capacity: int):
-        """A KV cache for B texts of at most `capacity` tokens, for `backbone` and `forward`."""
-        return self.make_cache(B, capacity + self.virtual_tokens)
+        """A KV cache for B texts of at most `capacity` tokens, those of a given prefix_kv among them."""
+        return self.make_cache(B, capacity + sum(slot.num_virtual_tokens for slot in active_slots(self)))
 
     def make_cache(self, B: int, capacity: int):
         """A KV cache of just that capacity."""
@@ -131,7 +133,7 @@ class LanguageModel(nn.Module):
     @property
     def virtual_tokens(self) -> int:
         """How many of the context's positions the active adapters take."""
-        return sum(slot.num_virtual_tokens for slot in active_slots(self))
+        return most_virtual_tokens(self)
 
     @property
     def embed_weight(self) -> nn.Parameter:
@@ -171,9 +173,7 @@ def attend(attention_mask: torch.Tensor | None, T: int) -> torch.Tensor | None:
         return None
     mask = attention_mask.bool()
     S = mask.shape[1]
-    if T == S and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        return None
-    if T == 1 and bool(mask.all()):
+    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return None
     causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
     itself = torch.eye(S, dtype=torch.bool, device=mask.device)[S - T :]

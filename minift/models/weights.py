@@ -188,9 +188,30 @@ def write_folder(folder, config: dict, state: dict[str, torch.Tensor], dtype: to
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write beside `path`, flush to disk, rename: an interrupted write leaves the old file as it was."""
+    """Write beside `path`, flush to disk, rename: an interrupted write leaves the old file as it was.
+
+    The same tensors and metadata give the same bytes.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    _write_beside(path, lambda part: save_file(tensors, part, metadata))
+
+    def write(part):
+        save_file(tensors, part, metadata)
+        _sort_metadata(part)
+
+    _write_beside(path, write)
+
+
+def _sort_metadata(path: str) -> None:
+    """safetensors writes the metadata in an order that changes from run to run; sort it."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"the header of {path} does not fit its place: {len(text)} of {size} bytes")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from conftest import tiny_llama
 
 import minift
 from minift.methods.base import trainable
+from minift.methods.lora import INITS
 from minift.models.interface import dense_weight, is_quantized, set_weight
 from minift.models.wrappers import base_layers
 
@@ -66,6 +67,14 @@ def test_the_recipe_quantizes_a_dense_model_and_leaves_a_quantized_one():
     minift.quantize_model(one, "nf4", skip=["down_proj"])
     minift.apply(one, minift.QLoRA(r=2))
     assert sum(is_quantized(m) for m in one.modules()) == 12
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_every_start_of_lora_is_the_quantized_model_to_the_bit(init):
+    model, quantized = tiny_llama(), tiny_llama()
+    minift.quantize_model(quantized)
+    minift.apply(model, minift.QLoRA(r=4, init=init))
+    assert torch.equal(model(IDS), quantized(IDS))
 
 
 def test_a_base_in_another_format_or_no_format_is_refused():

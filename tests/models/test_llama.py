@@ -74,6 +74,7 @@ def test_right_padding_and_holes():
         model(ids, attention_mask=mask)[0, :4], model(ids[:1, :4])[0], rtol=0, atol=1e-10
     )
     assert attend(mask, 6) is None  # no real token looks to its right
+    assert attend(torch.cat((torch.ones(2, 3), mask), 1), 6) is None  # nor behind a prefix
     hole = torch.tensor([[1, 0, 1, 1, 1, 1]])
     without = model(torch.cat((ids[:1, :1], ids[:1, 2:]), 1))
     torch.testing.assert_close(model(ids[:1], attention_mask=hole)[:, 2:], without[:, 1:], rtol=0, atol=1e-10)
@@ -135,8 +136,9 @@ def test_what_methods_may_rely_on(model):
     layer = layers["model.layers.0.mlp.down_proj"]
     set_weight(layer, torch.ones_like(dense_weight(layer)))
     assert (layer.weight == 1).all()
-    with pytest.raises(TypeError, match="Embedding"):
-        dense_weight(model.embed)
+    assert dense_weight(model.embed) is model.embed.weight
+    with pytest.raises(TypeError, match="RMSNorm has no dense weight"):
+        dense_weight(model.model.norm)
 
 
 HF = {

@@ -1,0 +1,85 @@
+"""`minift verify`: one adapter through several routes, and the largest difference of their logits.
+
+Routes: our wrappers; our merge, in fp32; PEFT on transformers, where both are installed. Beside them stands
+how far the adapter moves the base's logits: an adapter that was not applied moves nothing.
+"""
+
+import copy
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from minift.load import load_model, load_tokenizer, save_model
+from minift.methods import merge
+from minift.methods.files import CONFIG, load_adapter
+from minift.models.interface import LanguageModel
+from minift.models.weights import read_json
+from minift.reports.quantization import read_text
+
+PROBE = 64  # tokens
+CLOSE = 1e-3  # of the largest logit; two correct programs in fp32 differ by about 1e-5 of it
+
+
+def verify(folder: str, source: str = "", text: str = "", check_base: bool = True) -> dict[str, float]:
+    """Print and return route -> largest difference from our own logits; a large one is an error."""
+    config = read_json(Path(folder) / CONFIG, "")
+    source = source or config.get("base_model_name_or_path") or ""
+    if not source:
+        raise ValueError(f"{folder} does not name its base; give it as --model")
+    model = load_model(source, "float32")
+    length = min(PROBE, model.dims.context // 2)
+    ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * length])[:length]])
+    base = copy.deepcopy(model)
+    load_adapter(model, folder, check_base=check_base)
+    [adapter] = model.adapters.values()
+    ours, plain = logits(model, ids), logits(base, ids)
+    moved = (ours - plain).abs().max().item()
+    print(f"{adapter.method.name}: {adapter.plan.totals()}")
+    print(f"largest logit {ours.abs().max().item():.4g}; the adapter moves the base's by up to {moved:.4g}")
+    if moved == 0:
+        print("this adapter changes nothing: it was not trained, or its last factor is zero")
+    found = {}
+    if adapter.method.unmergeable:
+        print(f"merged: not possible, {adapter.method.unmergeable}")
+    else:
+        merged = copy.deepcopy(model)
+        merge(merged)
+        found["merged"] = (logits(merged, ids) - ours).abs().max().item()
+    if find_spec("peft") is None or find_spec("transformers") is None:
+        print("peft: not installed (pip install -c constraints.txt -e '.[parity]')")
+    else:
+        theirs = _through_peft(base, folder, ids)
+        if theirs is not None:
+            found["peft"] = (theirs - ours).abs().max().item()
+    for route, difference in found.items():
+        print(f"{route}: the logits of {ids.shape[1]} tokens differ by at most {difference:.3e}")
+        if not difference <= CLOSE * ours.abs().max().item():
+            raise ValueError(
+                f"{folder}: {route} and minift compute different models (logits differ by {difference:.3g})"
+            )
+    return found
+
+
+@torch.inference_mode()
+def logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids)[0].float()  # (T, V)
+
+
+def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.Tensor | None:
+    """The base as a folder of transformers, the adapter on it by PEFT; virtual positions are left out."""
+    import peft
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(base, scratch)
+        model = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+        except (KeyError, ValueError) as error:
+            print(f"peft: does not load this adapter ({type(error).__name__}: {error})")
+            return None
+        with torch.inference_mode():
+            return adapted(ids).logits[0, -ids.shape[1] :].float()
