@@ -14,7 +14,8 @@ from minift.methods import apply
 from minift.methods.full import Full
 from minift.methods.lora import LoRA
 from minift.optim.schedule import SCHEDULES
-from minift.training.loop import TrainConfig, _describe
+from minift.training.record import describe_run
+from minift.training.settings import TrainConfig
 
 
 def resolve(tree: dict, *words: str) -> RunConfig:
@@ -29,6 +30,7 @@ def written(config: RunConfig) -> dict:
 
 
 rules = st.lists(st.text(min_size=1).filter(lambda rule: rule == rule.strip()), max_size=3).map(tuple)
+names = st.from_regex(r"[a-z_*?]{1,4}(\.[a-z0-9_*?]{1,4}){0,2}", fullmatch=True)
 methods = st.just(Full()) | st.builds(
     LoRA,
     r=st.integers(1, 512),
@@ -38,6 +40,8 @@ methods = st.just(Full()) | st.builds(
     target_modules=rules,
     exclude_modules=rules,
     layers_to_transform=rules,
+    rank_pattern=st.dictionaries(names, st.integers(1, 512), max_size=3),
+    alpha_pattern=st.dictionaries(names, st.floats(1e-3, 1e3), max_size=3),
 )
 trains = st.builds(
     TrainConfig,
@@ -69,7 +73,7 @@ def test_what_a_run_records_reads_back_as_its_config(model):
     method, train = LoRA(r=2, target_modules=("q_proj",)), TrainConfig(epochs=3)
     model.source = "tiny"
     apply(model, method)
-    recorded = json.loads(json.dumps(_describe(model, "a.jsonl", Path("b.jsonl"), train)))
+    recorded = json.loads(json.dumps(describe_run(model, "a.jsonl", Path("b.jsonl"), train)))
     assert run_config(recorded) == RunConfig(
         data="a.jsonl", model="tiny", dtype="float32", valid="b.jsonl", method=method, train=train
     )
@@ -82,6 +86,11 @@ def test_every_setting_may_be_given_as_a_flag(config):
     leaves |= {
         f"{table}.{name}": value for table in ("method", "train") for name, value in tree[table].items()
     }
+    patterns = [path for path, value in leaves.items() if isinstance(value, dict)]
+    for path in patterns:
+        pattern = leaves.pop(path)
+        assume(not any(b.startswith(a + ".") for a in pattern for b in pattern))  # no table in a value
+        leaves |= {f"{path}.{rule}": value for rule, value in pattern.items()}
     lists = [value for value in leaves.values() if isinstance(value, list)]
     assume(not any("," in rule for rules in lists for rule in rules))
     words = [f"--{path}={','.join(v) if isinstance(v, list) else v}" for path, v in leaves.items()]
@@ -99,8 +108,8 @@ UNKNOWN = [
     ({"method": {"target_module": "q"}}, r"method\.target_module; did you mean method\.target_modules\?"),
     ({"train": {"zzz": 2}}, r"unknown setting train\.zzz; known: output, epochs,"),
     ({"method": {"name": "full", "r": 2}}, r"unknown setting method\.r;"),
-    ({"method": {"name": "lroa"}}, r"method\.name is 'lroa'; known methods: full, lora"),
-    ({"method": "adapter"}, r"method\.name is 'adapter'; known methods: full, lora"),
+    ({"method": {"name": "lroa"}}, r"method\.name is 'lroa'; known methods: full, selective, lora"),
+    ({"method": "adapter"}, r"method\.name is 'adapter'; known methods: full, selective, lora"),
 ]
 
 
@@ -127,6 +136,9 @@ WRONG = {
     "method.target_modules is [None]": {"method": {"target_modules": [None]}},
     "method.target_modules is True, expected a list": {"method": {"target_modules": True}},
     "data is 3, expected str": {"data": 3},
+    "method.rank_pattern is [4], expected a table": {"method": {"rank_pattern": [4]}},
+    "method.rank_pattern.q_proj is 4.0, expected int": {"method": {"rank_pattern": {"q_proj": 4.0}}},
+    "method.rank_pattern.mlp.up is 'x', expected int": {"method": {"rank_pattern": {"mlp": {"up": "x"}}}},
 }
 
 
@@ -162,6 +174,21 @@ def test_a_flag_without_a_value_is_an_error(words, name):
 def test_a_word_that_is_no_flag_is_an_error(word):
     with pytest.raises(ValueError, match=f"unexpected argument {word!r}; settings are given as --path value"):
         read_flags(["--data", "a", word, "2"])
+
+
+def test_a_dash_in_a_name_is_an_underscore_and_the_same_flag():
+    assert read_flags(["--a.b-c", "0-3", "--a.b_c=0-3"]) == {"a.b_c": "0-3"}
+    with pytest.raises(ValueError, match=r"--b_c is given twice, as '1' and '2'; leave one out"):
+        read_flags(["--b-c", "1", "--b_c", "2"])
+
+
+@pytest.mark.parametrize("text", ['"mlp.up" = 4', "mlp.up = 4", "mlp = {up = 4}"])
+def test_a_rule_with_dots_is_a_key_or_a_path_of_tables(tmp_path, text):
+    (tmp_path / "a.toml").write_text(f"[method.rank_pattern]\n{text}\nv_proj = 2\n")
+    method = resolve(read_config(tmp_path / "a.toml"), "--method.rank_pattern.v_proj", "3").method
+    assert method.rank_pattern == {"mlp.up": 4, "v_proj": 3}
+    changed = resolve(read_config(tmp_path / "a.toml"), "--method.rank_pattern.mlp.up", "8").method
+    assert changed.rank_pattern == {"mlp.up": 8, "v_proj": 2}
 
 
 def test_flags_are_written_over_the_file_and_leave_it_alone():

@@ -45,6 +45,7 @@ def combine(
     as after `apply`. Returns, for each path, the exact error of the cut in the Frobenius norm; nothing is
     changed when something does not fit.
     """
+    model.adapters.check_name(name, LoRA())
     _check(model, weights, how, {"r": r, "density": density, "p": p})
     sources = {source: read(model, source) for source in weights}
     tied = _tied(model, sources)

@@ -131,7 +131,7 @@ class Method:
 
     name: ClassVar[str] = ""  # the key in METHODS
     law: ClassVar[str] = ""  # trainable parameters as a formula
-    identity_at_init: ClassVar[str] = "bitwise"  # or "bound" (within rounding), or "none"
+    identity_at_init: ClassVar[str] = "bitwise"  # or "none": starts as another model than its base
     unmergeable: ClassVar[str] = ""  # why it is no change of weights, if it is not
     adapter_file: ClassVar[bool] = True  # or what trains is the whole model
 

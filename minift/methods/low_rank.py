@@ -45,7 +45,8 @@ class LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, A, B, h = ctx.saved_tensors
-        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(dy.dtype)  # autocast gives dy another dtype than x
+        dy_rows = dy.reshape(-1, dy.shape[-1])
         dh = (dy_rows @ B.to(dy.dtype)) * ctx.scaling  # (n, r)
         need_x, _, need_A, need_B, _ = ctx.needs_input_grad
         dx = (dh @ A.to(dy.dtype)).view(x.shape) if need_x else None
@@ -156,6 +157,11 @@ class TiedLoRAHead(Wrapper):
         A, B = e.lora_embedding_B.t(), e.lora_embedding_A.t()  # (r, D), (V, r)
         dropped = F.dropout(x, self.dropout, self.training)
         return self.where_meant(LowRank.apply(dropped, y, A, B, e.scaling), y)
+
+    def state(self):
+        """PEFT holds the head's copy of both factors."""
+        [e] = self.of
+        return {"lora_A.weight": e.lora_embedding_B.t(), "lora_B.weight": e.lora_embedding_A.t()}
 
     def fold(self, tensors):
         return self.of[0].fold(tensors)

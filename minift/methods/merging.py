@@ -63,6 +63,11 @@ def merge(
     adapter = model.adapters[name]
     _check_mode(model, name, mode, original)
     _check_order(model, name)
+    if original is not None and any(hasattr(part, "loftq_errors") for part in adapter.parts):
+        raise ValueError(
+            f"{name!r} started as LoftQ, which makes up for what quantization took; on the original weights "
+            "it would do so twice: merge with mode 'dequantized'"
+        )
     folded = {path: _fold(model, name, path, mode, original) for path in adapter.modules}
     kept = Kept(adapter, {}, {n: getattr(model, n) for n in ("config", "quantization", "quantization_table")})
     for path, (layer, _) in folded.items():
@@ -121,13 +126,15 @@ def _fold(model, name, path, mode, original) -> tuple[nn.Module, float]:
     wide = torch.promote_types(next(iter(against.values())).dtype, torch.float32)
     with torch.no_grad():
         exact = wrapper.fold({n: t.double() for n, t in against.items()})
-        got = wrapper.fold({n: t.to(wide) for n, t in start.items()})
+        given = {n: t.to(wide) for n, t in start.items()}
+        got = wrapper.fold(given)
         for n, tensor in got.items():
             if not torch.isfinite(tensor.to(against[n].dtype)).all():
                 raise ValueError(
                     f"merging {name!r} into {path} gives a {n} that is not finite; nothing was changed"
                 )
-        layer = _with_parameters(base, got, mode)
+        untouched = got["weight"] is given["weight"] and original is None
+        layer = _with_parameters(base, got, mode, untouched)
         errors = [(t.double() - exact[n]).abs().max().item() for n, t in _parameters(layer).items()]
     return layer, max(errors)
 
@@ -139,12 +146,18 @@ def _parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in layer._parameters.items() if p is not None}
 
 
-def _with_parameters(base: nn.Module, tensors: dict[str, torch.Tensor], mode: str) -> nn.Module:
-    """A layer as `base` with other numbers: quantized again in mode "requantized", otherwise dense."""
+def _with_parameters(
+    base: nn.Module, tensors: dict[str, torch.Tensor], mode: str, untouched: bool
+) -> nn.Module:
+    """A layer as `base` with other numbers: quantized again in mode "requantized", otherwise dense; codes
+    that the adapter did not touch stay."""
     if is_quantized(base):
-        layer = (
-            base.requantized(tensors["weight"]) if mode == "requantized" else base.dense(tensors["weight"])
-        )
+        weight = tensors["weight"]
+        if untouched:
+            layer = copy.copy(base)
+            layer._parameters = dict(base._parameters)
+        else:
+            layer = base.requantized(weight) if mode == "requantized" else base.dense(weight)
         if base.bias is not None:
             layer.bias = nn.Parameter(tensors["bias"].to(base.bias.dtype), False)
         return layer
@@ -155,12 +168,12 @@ def _with_parameters(base: nn.Module, tensors: dict[str, torch.Tensor], mode: st
 
 
 def _tie_again(model, kept) -> None:
-    """One weight again where both ends were merged; where only one was, the config says so."""
+    """One weight again where both ends became the same; where they did not, the config says so."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return
     ends = [innermost(model.embed), innermost(model.head)]
     changed = [any(end is layer for _, layer, _ in kept.layers.values()) for end in ends]
-    if all(changed):
+    if all(changed) and torch.equal(ends[0].weight, ends[1].weight):
         model.tie_weights()
     elif any(changed):
         model.config = replace(model.config, tie_word_embeddings=False)

@@ -34,7 +34,8 @@ class Trained(Wrapper):
     ):
         super().__init__(base)
         self.names, self.stands_for, shared = names, stands_for, shared or {}
-        self.keys = {name: f"{prefix}{name}" for name in names if name not in shared}
+        self.keys = {name: f"{prefix}{name}" for name in names}
+        self.copied = {self.keys[name] for name in shared}
         for name in names:
             start = getattr(base, name).detach()
             own = shared[name] if name in shared else nn.Parameter(start.to(torch.float32, copy=True))
@@ -46,6 +47,10 @@ class Trained(Wrapper):
         own = {name: getattr(self, name).to(getattr(self.base, name).dtype) for name in self.names}
         adapted = functional_call(self.base, own, arguments)
         return adapted if self.rows is None else self.where_meant(adapted, self.base(*arguments))
+
+    def state(self):
+        """Copies of what is shared: a file holds every key's own tensor."""
+        return {k: t.clone() if k in self.copied else t for k, t in super().state().items()}
 
     def replaced(self):
         return self.stands_for

@@ -36,6 +36,18 @@ class Adapters(dict):
 
     def add(self, name: str, method, seed: int = 0):
         """Freeze the model, plan, inject; returns the Plan. Nothing is touched when the plan fails."""
+        self.check_name(name, method)
+        reason = method.refuses(self.model)
+        if reason:
+            raise ValueError(f"{method.name} cannot run on this model: {reason}")
+        plan = method.plan(self.model)
+        self.model.requires_grad_(False)
+        self[name] = Adapter(method, plan)
+        method.inject(self.model, plan, name, seed)
+        return plan
+
+    def check_name(self, name: str, method) -> None:
+        """Whether a new adapter of this method may be called so."""
         if name in self:
             raise ValueError(
                 f"an adapter named {name!r} is resident already ({', '.join(self)}); give another name"
@@ -48,14 +60,6 @@ class Adapters(dict):
             raise ValueError(
                 f"{name!r} is merged into the weights and kept; unmerge it, or give another name"
             )
-        reason = method.refuses(self.model)
-        if reason:
-            raise ValueError(f"{method.name} cannot run on this model: {reason}")
-        plan = method.plan(self.model)
-        self.model.requires_grad_(False)
-        self[name] = Adapter(method, plan)
-        method.inject(self.model, plan, name, seed)
-        return plan
 
     def active(self) -> list[str]:
         """The names of the adapters that work."""

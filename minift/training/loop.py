@@ -9,7 +9,7 @@ The gradient is that of the mean over all supervised tokens of the effective bat
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.memory import peak_memory_mib, release_free_memory
 from minift.methods.base import Method, buffers, trainable
-from minift.methods.fingerprint import NO_TEMPLATE, fingerprint
+from minift.methods.fingerprint import NO_TEMPLATE
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_text
@@ -29,6 +29,7 @@ from minift.training.evaluation import encode, mean_nats
 from minift.training.folder import interruptible, keep_until, open_output, save_trained
 from minift.training.log import Log, read_log
 from minift.training.objective import Objective
+from minift.training.record import describe_run, resume_key
 from minift.training.settings import TrainConfig
 
 TRIM_EVERY = 5  # steps
@@ -61,7 +62,7 @@ def train(
     examples = encode(model, tokenizer, data, config)
     held_out = encode(model, tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)
-    recorded = _describe(model, data, valid, config)
+    recorded = describe_run(model, data, valid, config)
     name, method = list(model.adapters)[-1], list(model.adapters.values())[-1].method
     model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = torch.optim.AdamW(
@@ -70,7 +71,7 @@ def train(
         weight_decay=config.weight_decay,
         fused=model.device.type in ("cpu", "cuda"),
     )
-    key = _resume_key(recorded, model, examples)
+    key = resume_key(recorded, model, examples)
     run = Run(
         Objective(model),
         name,
@@ -227,47 +228,6 @@ def _begin(run: Run, recorded: dict, resume: bool) -> int:
     write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
     write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
     return first
-
-
-def _describe(model, data, valid, config) -> dict:
-    """The resolved configuration, in the form that `minift train` reads."""
-    method = list(model.adapters.values())[-1].method
-    paths = {
-        name: str(value)
-        for name, value in (("data", data), ("valid", valid))
-        if isinstance(value, str | Path)
-    }
-    return {
-        "model": model.source,
-        "dtype": model.loaded_dtype or str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        **paths,
-        **_quantize(model),
-        "method": {"name": method.name, **asdict(method)},
-        "train": asdict(config),
-    }
-
-
-def _quantize(model) -> dict:
-    """{"quantize": its recipe}; of several recipes, which a config cannot hold, all of them."""
-    recipes = [asdict(recipe) for recipe in model.quantization]
-    return {"quantize": recipes[0] if len(recipes) == 1 else recipes} if recipes else {}
-
-
-def _resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:
-    """What must not change between the parts of a resumed run."""
-    free = ("output", "log_every", "save_every", "eval_every")  # they do not touch the trained numbers
-    train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
-    method = {f"method.{name}": value for name, value in recorded["method"].items()}
-    digest = hashlib.sha256(json.dumps([e.ids for e in examples]).encode()).hexdigest()
-    return {
-        "model": recorded["model"],
-        "dtype": recorded["dtype"],
-        "base_sha256": fingerprint(model) if list(model.adapters.values())[-1].method.adapter_file else None,
-        "tokens_sha256": digest,
-        **method,
-        **train,
-    }
 
 
 def _summarize(run: Run, log: Log, output: Path) -> dict:

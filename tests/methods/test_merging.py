@@ -123,7 +123,7 @@ def test_partial_merges_keep_the_rest_and_report_their_rounding():
     "old, new",
     [
         ("exact = wrapper.fold({n: t.double()", "exact = wrapper.fold({n: t.float()"),
-        ("got = wrapper.fold({n: t.to(wide)", "got = wrapper.fold({n: t.bfloat16()"),
+        ("given = {n: t.to(wide)", "given = {n: t.bfloat16()"),
         ("        unwrap(model, path, wrapper)\n    if not folded", "    if not folded"),
         ("        replace_base(model, path, layer)\n", ""),
         ("        replace_base(model, path, old)\n", ""),
