@@ -5,6 +5,7 @@ a property of the process (TRITON_INTERPRET=1), so kernels/test_interpreter.py r
 and the process that compiles kernels leaves them out.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import minift
 from minift.fetch import ALIASES, cache_folder
 from minift.kernels import runtime
 from minift.models.llama import Llama, LlamaConfig
@@ -118,3 +120,29 @@ def full_precision_sums():
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A tiny model with a tokenizer, training rows and a config, in the current folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", *alphabet])}, []))
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    backend.add_special_tokens(["<eos>"])
+    minift.save_model(tiny_llama(vocab_size=backend.get_vocab_size()), tmp_path / "model")
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "run.toml").write_text(
+        'model = "model"\ndtype = "float32"\ndata = "rows.jsonl"\n[method]\nname = "lora"\nr = 2\n'
+        '[train]\noutput = "out"\nmax_length = 32\nbatch_size = 4\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path

@@ -43,7 +43,7 @@ THIRD_PARTY = {
     "quant": {"torch"},
     "methods": {"torch"},
     "optim": {"torch"},
-    "reports": {"numpy", "torch", "matplotlib"},
+    "reports": {"numpy", "torch", "matplotlib", "peft", "transformers"},  # the peers in verify.py alone
     "training": {"torch", "tqdm"},
     "fetch": set(),
     "config": set(),
@@ -51,10 +51,11 @@ THIRD_PARTY = {
     "memory": {"torch"},
     "demo": set(),
     "cli": set(),
+    "verbs": set(),
 }
-OPTIONAL = {"gguf", "matplotlib"}  # the only imports inside functions
-# cli.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
-IMPORTS_IN_FUNCTIONS = {"cli.py"}
+OPTIONAL = {"gguf", "matplotlib", "peft", "transformers"}  # the only imports inside functions
+# verbs.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
+IMPORTS_IN_FUNCTIONS = {"verbs.py"}
 # Not ops: the choice of backends, the quantized matrix, decoding, products in slabs, the C library.
 SHARED_BY_KERNELS = ("__init__", "runtime", "packed", "decode", "slabs", "library")
 LINES = {"models": 450, "kernels": 350}

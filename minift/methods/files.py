@@ -281,14 +281,15 @@ def _check_facts(model, folder, facts: dict, check_base: bool, template: str | N
         raise ValueError(
             f"{folder} was trained on another base than this one (fingerprints differ): on "
             f"{facts.get('minift.base', 'one that the file does not describe')}, not on "
-            f"{describe_base(model)}; load that base, or pass check_base=False to load_adapter"
+            f"{describe_base(model)}; load that base, or do not check (check_base=False in Python, "
+            "--any-base)"
         )
     known = facts.get("minift.template")
     if template is not None and known not in (None, template_hash(template)):
         raise ValueError(
             f"{folder} was trained with {'no' if known == NO_TEMPLATE else 'another'} chat template "
-            f"({known[:12]}, here {template_hash(template)[:12]}); use that one, or pass template=None to "
-            "load_adapter"
+            f"({known[:12]}, here {template_hash(template)[:12]}); use that one, or do not check "
+            "(template=None in Python, --any-template)"
         )
 
 
