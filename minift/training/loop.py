@@ -56,36 +56,14 @@ def train(
     plan.txt, log.jsonl, the adapter (or, after full fine-tuning, the folder model/), metrics.json, loss.png.
     """
     config = config or TrainConfig()
-    parameters = trainable(model)
-    if not parameters:
+    if not trainable(model):
         raise ValueError("nothing is trainable; call minift.apply(model, method) first")
     examples = encode(model, tokenizer, data, config)
     held_out = encode(model, tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)
     recorded = describe_run(model, data, valid, config)
-    name, method = list(model.adapters)[-1], list(model.adapters.values())[-1].method
-    model.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = torch.optim.AdamW(
-        method.param_groups(parameters),
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=model.device.type in ("cpu", "cuda"),
-    )
-    key = resume_key(recorded, model, examples)
-    run = Run(
-        Objective(model),
-        name,
-        method,
-        parameters,
-        buffers(model),
-        optimizer,
-        examples,
-        held_out,
-        tokenizer.pad_id,
-        config,
-        output,
-        key,
-        tokenizer.chat_template if config.template == "chat" else NO_TEMPLATE,
+    run = _prepare(
+        model, tokenizer, examples, held_out, config, output, resume_key(recorded, model, examples)
     )
     first = _begin(run, recorded, resume)
     log = Log(output / "log.jsonl", first, run.total, config.log_every, quiet)
@@ -97,6 +75,34 @@ def train(
         model.eval()
     save_trained(model, output, run.template)
     return _summarize(run, log, output)
+
+
+def _prepare(model, tokenizer, examples, held_out, config, output, key) -> "Run":
+    """The run of the adapter that was applied last: the one that trains."""
+    name, parameters = list(model.adapters)[-1], trainable(model)
+    method = model.adapters[name].method
+    model.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = torch.optim.AdamW(
+        method.param_groups(parameters),
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+    return Run(
+        objective=Objective(model),
+        name=name,
+        method=method,
+        parameters=parameters,
+        buffers=buffers(model),
+        optimizer=optimizer,
+        examples=examples,
+        held_out=held_out,
+        pad_id=tokenizer.pad_id,
+        config=config,
+        output=output,
+        key=key,
+        template=tokenizer.chat_template if config.template == "chat" else NO_TEMPLATE,
+    )
 
 
 @dataclass

@@ -1,53 +1,20 @@
 """The laws that every method keeps, on every kind of base; a new method is tested by being in METHODS."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
+from bases import CASES, IDS, REFUSALS, add_biases, base_model, method_for, nudge, quantized_as
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from torch import nn
 
 import minift
 from minift.methods import METHODS
 from minift.methods.base import trainable
 from minift.models.interface import parameter_count
 from minift.models.llama import Llama
-from minift.models.wrappers import Wrapper, base_layers
+from minift.models.wrappers import Wrapper
 from minift.training.folder import save_trained
-
-QUANTIZED = ["nf4", "fp4", "int8"]
-BASES = ["float32", "bfloat16", *QUANTIZED]
-IDS = torch.arange(24).view(2, 12) % 97
-
-# (method, base) -> why it does not run there; "plain" is a model without biases
-REFUSALS = {
-    **{("full", base): "is quantized; full fine-tuning needs dense weights" for base in QUANTIZED},
-    ("bitfit", "plain"): "no bias",
-}
-CASES = [(name, base) for name in METHODS for base in BASES if (name, base) not in REFUSALS]
-
-
-def add_biases(model, device=None):
-    """Llama has none; bitfit needs some."""
-    for layer in base_layers(model).values():
-        torch.manual_seed(layer.out_features)
-        layer.bias = nn.Parameter(0.1 * torch.randn(layer.out_features, dtype=model.dtype, device=device))
-
-
-def base_model(base, name=""):
-    model = tiny_llama(getattr(torch, base) if base in ("float32", "bfloat16") else torch.float32)
-    if name == "bitfit" and base != "plain":
-        add_biases(model)
-    if base in QUANTIZED:
-        minift.quantize_model(model, base)
-    return model
-
-
-def method_for(name, base):
-    """The method with its defaults; qlora says the format that the base has."""
-    return METHODS[name](format=base) if name == "qlora" and base in QUANTIZED else METHODS[name]()
 
 
 @pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -63,21 +30,6 @@ def test_what_does_not_run_says_why_and_touches_nothing(name, base):
     with pytest.raises(ValueError, match=REFUSALS[name, base]):
         minift.apply(model, METHODS[name]())
     assert not model.adapters and before == {n: p.requires_grad for n, p in model.named_parameters()}
-
-
-def nudge(model):
-    """Move every trainable parameter, as a step would."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in trainable(model).values():
-            p.add_(0.05 * torch.randn_like(p))
-
-
-def quantized_as(method, base):
-    """The base that a method which quantizes leaves behind."""
-    if method.name == "qlora" and not base.quantization:
-        minift.quantize_model(base, method.format, method.block_size, method.double_quant)
-    return base
 
 
 def test_starts_as_the_base_model(case):
@@ -271,48 +223,3 @@ def test_the_order_of_rules_does_not_matter_for_the_start():
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     only_v = start(["v_proj"])
     assert only_v and all(torch.equal(a[n], only_v[n]) for n in only_v)
-
-
-def test_it_stands_beside_another_adapter_or_says_why_not(case):
-    method, model = case
-    if method.name == "qlora" and not model.quantization:
-        pytest.skip("quantizes its base, which must be bare")
-    minift.apply(model, minift.LoRA(r=2, target_modules=["q_proj", "down_proj"]), name="first")
-    nudge(model)
-    if method.name == "full":
-        with pytest.raises(ValueError, match="merge them first"):
-            minift.apply(model, method)
-        return
-    if method.name == "dora":
-        with pytest.raises(ValueError, match="q_proj"):
-            minift.apply(model, method)
-        method = replace(method, target_modules=("v_proj",))
-    if method.name == "bitfit":
-        with pytest.raises(ValueError, match="carries an adapter"):
-            minift.apply(model, method)
-        return
-    plan = minift.apply(model, method)
-    nudge(model)
-    both = model(IDS)
-    assert sum(p.numel() for p in trainable(model).values()) == plan.trainable
-    model.adapters.switch("first")
-    first = model(IDS)
-    model.adapters.switch("first", "default")
-    assert torch.equal(model(IDS), both) and not torch.equal(both, first)
-    model.adapters.remove("default")
-    assert torch.equal(model(IDS), first)
-
-
-def test_what_cannot_be_applied_or_merged_says_so():
-    model = tiny_llama()
-    with pytest.raises(ValueError, match="merge which adapter"):
-        minift.merge(model)
-    minift.apply(model, minift.LoRA(r=2))
-    with pytest.raises(ValueError, match="'default' is resident"):
-        minift.apply(model, minift.LoRA(r=2))
-    with pytest.raises(ValueError, match="and no dot"):
-        minift.apply(model, minift.LoRA(r=2), name="a.b")
-    with pytest.raises(ValueError, match="merge them first"):
-        minift.apply(model, minift.Full(), name="other")
-    with pytest.raises(ValueError, match="no adapter named 'x'"):
-        minift.merge(model, "x")
