@@ -48,6 +48,9 @@ INITS = {"kaiming": kaiming, "gaussian": gaussian, "pissa": pissa, "olora": olor
 TIED_TO = "tied to "  # before the embedding's path: the rule of a head that shares its branch
 
 
+TAKEN_OFF = ("pissa", "olora")  # starts with B different from zero, which a file holds beside A and B
+
+
 @dataclass(frozen=True)
 class LoRA(Method):
     name: ClassVar[str] = "lora"
@@ -159,12 +162,17 @@ class LoRA(Method):
         r = self.rank_pattern.get(first_fit(self.rank_pattern, path), self.r)
         alpha = self.alpha_pattern.get(first_fit(self.alpha_pattern, path), self.alpha)
         linear = is_base_layer(layer)
-        if not linear and INITS.get(self.init) in (pissa, olora):
+        if not linear and self.init in TAKEN_OFF:
             raise ValueError(
                 f"init {self.init!r} is for linear layers, and target_modules means the embedding {path}; "
                 "leave one of them out"
             )
         shape = (layer.out_features, layer.in_features) if linear else embedding_shape(layer)
+        if self.init in TAKEN_OFF and 2 * r > min(shape):
+            raise ValueError(
+                f"r is {r} with init {self.init!r}, whose file is a LoRA of rank {2 * r}, above the smaller "
+                f"side of {path} ({shape[0]} x {shape[1]}); use at most {min(shape) // 2}"
+            )
         if r > min(shape):
             raise ValueError(
                 f"r is {r}, above the smaller side of {path} ({shape[0]} x {shape[1]}); use at most "
@@ -203,6 +211,8 @@ class LoRA(Method):
         layer = self.linear(base, site, device)
         if device.type != "meta":
             layer.start_at(*self.inits[self.init](base, site.r, site.scaling, random))
+        elif self.init in TAKEN_OFF:
+            layer.start_at(layer.lora_A, layer.lora_B)  # its shapes
         return layer
 
     def linear(self, base: nn.Module, site: Site, device) -> LoRALinear:

@@ -6,6 +6,7 @@ the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer bu
 
 import difflib
 from fnmatch import fnmatchcase
+from functools import cache
 
 from minift.models.interface import LanguageModel
 from minift.models.wrappers import base_layers, get_module
@@ -39,6 +40,7 @@ def match(
     if not target_modules:
         raise ValueError(f"{fields[0]} is empty; name some of {sorted(_names(paths))} or {ALL_LINEAR!r}")
 
+    @cache
     def hits(rule):
         if rule == ALL_LINEAR:
             return [p for p in paths if p in linear and get_module(model, p) is not model.head]
@@ -57,11 +59,9 @@ def match(
             found[path] = rule
     for rule in target_modules:
         if not any(path in found for path in hits(rule)):
-            raise ValueError(
-                f"{fields[0]} {[rule]} match only layers that {fields[1]} {list(exclude_modules)}"
-                + (f" or layers_to_transform {list(layers)}" if layers else "")
-                + " leave out"
-            )
+            left_out = [f"{fields[1]} {list(exclude_modules)}"] if exclude_modules else []
+            left_out += [f"layers_to_transform {list(layers)}"] if layers else []
+            raise ValueError(f"{fields[0]} {[rule]} match only layers that {' or '.join(left_out)} leave out")
     return found
 
 

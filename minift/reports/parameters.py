@@ -18,7 +18,6 @@ from minift.fetch import ALIASES
 from minift.load import DTYPES, build_model, holds_quantized, load_tokenizer
 from minift.methods import apply
 from minift.methods.base import Method, Plan, aligned
-from minift.methods.low_rank import LoRALinear
 from minift.models.interface import LanguageModel, is_quantized
 from minift.models.presets import PRESETS, build_preset, nearest_presets
 from minift.models.slots import Slot
@@ -26,7 +25,6 @@ from minift.models.wrappers import bare_modules, chain, innermost
 from minift.quant import Quantization, quantize_model
 
 BY = ("layer", "module")
-TAKEN_OFF = ("pissa", "olora")  # starts that are stored beside the factors
 
 
 class Row(NamedTuple):
@@ -93,10 +91,6 @@ def applied(
     plan = apply(model, method)
     if not plan.trainable:
         raise ValueError(f"{method.name} as configured trains nothing on {source}")
-    if getattr(method, "init", "") in TAKEN_OFF:  # starts are not made on the meta device
-        for part in model.adapters["default"].parts:
-            if isinstance(part, LoRALinear):
-                part.start_at(part.lora_A, part.lora_B)
     return model, plan
 
 

@@ -146,7 +146,7 @@ def test_mutants_are_noticed(check, module, old, new):
 @given(
     st.sampled_from(list(INITS)),
     st.sampled_from([torch.float32, torch.bfloat16, "nf4"]),
-    st.integers(1, 16),
+    st.integers(1, 8),  # the file of a start that is taken off has rank 2r, and v_proj 16 rows
     st.sampled_from([0.5, 16.0]),
     st.booleans(),
 )
@@ -250,3 +250,13 @@ def test_nothing_is_drawn_on_the_meta_device(init, monkeypatch):
     monkeypatch.setattr(LoRA, "inits", {init: None})  # calling it would fail
     plan = minift.apply(model, method)
     assert plan == method.plan(tiny_llama()) and all(p.is_meta for p in trainable(model).values())
+
+
+@pytest.mark.parametrize("init", TAKEN_OFF)
+def test_a_start_whose_file_would_have_too_high_a_rank_is_refused(init):
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match=f"r is 9 with init '{init}', whose file is a LoRA of rank 18, .* use at most 8"
+    ):
+        minift.apply(model, LoRA(r=9, init=init))
+    assert not model.adapters
