@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.harness import Mismatch, gate, peer
@@ -120,7 +121,7 @@ def tune(name: str, quick: bool, folder: Path) -> dict:
         "start": math.exp(start),
         "after": math.exp(after),
         "trainable": plan.trainable,
-        "s / step": statistics.median(b - a for a, b in zip(times, times[1:], strict=False)),
+        "s / step": statistics.median(b - a for a, b in pairwise(times)),
         "peak MiB": round(peak_mib()),
         "file bytes": sum(file.stat().st_size for file in files),
         "losses": [record["loss"] for record in steps],

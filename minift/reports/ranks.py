@@ -38,6 +38,7 @@ class Stored:
     method: LoRA
     factors: dict[str, Factors]  # by path; of an embedding, (V, D) counts as (out, in)
     embeddings: set[str]
+    copies: dict[str, str]  # a tied head, whose factors are its embedding's -> the embedding
     rest: dict[str, torch.Tensor]  # modules_to_save, by the file's keys
 
 
@@ -117,7 +118,21 @@ def read(folder: Path) -> Stored:
                 "two files belong to different adapters"
             )
     embeddings = {path for path, found in branches.items() if "lora_embedding_A" in found}
-    return Stored(config, facts, method, factors, embeddings, rest)
+    copies = _copies(factors, embeddings, folder) if method.tied == "both" else {}
+    factors = {path: f for path, f in factors.items() if path not in copies}
+    return Stored(config, facts, method, factors, embeddings, copies, rest)
+
+
+def _copies(factors: dict[str, Factors], embeddings: set[str], folder: Path) -> dict[str, str]:
+    """Head -> embedding: under ensure_weight_tying PEFT stores the branch of both under both."""
+    found = {}
+    for path in factors.keys() - embeddings:
+        for e in embeddings:
+            if torch.equal(factors[path].A, factors[e].A) and torch.equal(factors[path].B, factors[e].B):
+                found[path] = e
+    if embeddings and not found:
+        raise ValueError(f"{folder}: ensure_weight_tying, and no other branch is that of {min(embeddings)}")
+    return found
 
 
 def _branch(key: str, method: LoRA, where: Path) -> tuple[str, str | None]:
@@ -173,6 +188,12 @@ def write(stored: Stored, new: dict[str, Factors], target: Path) -> None:
         else:
             pair = {"lora_A.weight": f.A, "lora_B.weight": f.B}
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in pair.items()}
+        for head in (h for h, embedding in stored.copies.items() if embedding == path):
+            ledger[head] = ledger[path]
+            tensors |= {
+                f"{PREFIX}{head}.lora_A.weight": f.A.clone(),
+                f"{PREFIX}{head}.lora_B.weight": f.B.clone(),
+            }
     fields = {"r": method.r, "alpha": method.alpha, "rslora": method.rslora, "init": method.init}
     fields |= {"rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
     facts = {"format": "pt", **stored.facts, "minift.scaling": json.dumps(ledger)}

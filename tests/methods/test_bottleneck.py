@@ -1,26 +1,20 @@
 """Bottleneck adapters against the same network written out in fp64 around a bare model."""
 
-import copy
-
+import laws
 import pytest
-import test_bitfit as laws
 import torch
 from conftest import tiny_config, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import BASES, IDS, base_model, leaves, moved
 from mutants import survives
-from test_bitfit import BASES, IDS, base_model, leaves, move, moved
-from torch import nn
 
 import minift
 from minift.methods import bottleneck
 from minift.methods.base import trainable
 from minift.methods.bottleneck import ACTIVATIONS, PLACEMENTS, Bottleneck, BottleneckAdapter
-from minift.models.interface import parameter_count
 from minift.models.llama import Llama
 from minift.models.skeleton import shapes_only
-from minift.quant import quantize_weight
-from minift.quant.linear import QuantizedLinear
 
 D, M = 32, 5
 ACT = {  # written out
@@ -73,9 +67,8 @@ def check(module):
         adapter, where = model.adapters["default"], WHERE[fields["placement"]]
         assert sorted(adapter.modules) == sorted(f"model.layers.{i}.{path}" for i in (0, 1) for path in where)
         count = 2 * len(where) * (2 * D * M + M + D)
-        assert adapter.plan.trainable == count == sum(p.numel() for p in trainable(model).values())
-        assert count == sum(site.parameters for site in adapter.plan.sites) == adapter.plan.added
-        assert adapter.plan.total == parameter_count(model)
+        laws.assert_counts(model, count)
+        assert adapter.plan.added == count
         shapes = {"down.weight": (M, D), "down.bias": (M,), "up.weight": (D, M), "up.bias": (D,)}
         for made in adapter.modules.values():
             assert {k: tuple(t.shape) for k, t in made.state().items()} == {
@@ -131,14 +124,7 @@ def test_mutants_are_noticed(old, new):
 def test_starts_as_the_base_to_the_bit_keeps_its_bits_and_rows(base, placement):
     fresh, model = base_model(base), base_model(base)
     minift.apply(model, Bottleneck(bottleneck_dim=M, placement=placement, activation="gelu"))
-    assert torch.equal(model(IDS), fresh(IDS))
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    move(model)
-    laws.assert_base_kept(model, fresh)
-    laws.assert_rows(model)
-    laws.assert_checkpointing_changes_nothing(model)
-    if base != "bfloat16":
-        laws.assert_gradients_near_fp64(model)
+    laws.assert_starts_as_the_base_and_trains(model, fresh, base)
     with pytest.raises(ValueError, match="bottleneck cannot be merged: its branch is not linear"):
         minift.merge(model)
     model.adapters.remove("default")
@@ -196,10 +182,8 @@ kinds = st.sampled_from(list(ACTIVATIONS))
 @given(st.sampled_from(BASES), kinds, st.booleans(), st.integers(1, 20), st.integers(0, 99))
 def test_a_layer_and_its_gradients_are_within_the_bound_of_fp64(base, activation, parallel, n, seed):
     torch.manual_seed(seed)
-    dtype = torch.bfloat16 if base == "bfloat16" else torch.float32
-    layer = nn.Linear(64, 64).to(dtype).requires_grad_(False)
-    if base == "nf4":
-        layer = QuantizedLinear.from_weight(quantize_weight(layer.weight, "nf4"), dtype, layer.bias)
+    layer = laws.frozen_linear(base, 64, 64)
+    dtype = layer.bias.dtype
     made = BottleneckAdapter(layer, 64, M, activation, 2.0, parallel)
     made.dtype = dtype
     with torch.no_grad():
@@ -267,7 +251,7 @@ def test_the_paper_s_example_768_to_64_to_768():
 def test_chosen_blocks_the_meta_device_and_the_start_of_each_path():
     method = Bottleneck(bottleneck_dim=M, layers_to_transform=[1])
     model, again, other = tiny_llama(), tiny_llama(), tiny_llama()
-    assert method.plan(copy.deepcopy(model).to("meta")) == method.plan(model)
+    laws.assert_plans_on_meta(method, model)
     assert list(method.plan(model).sites) == list(Bottleneck(bottleneck_dim=M).plan(model).sites[1:])
     minift.apply(model, method, seed=3)
     minift.apply(again, Bottleneck(bottleneck_dim=M), seed=3)

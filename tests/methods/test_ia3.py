@@ -1,41 +1,24 @@
 """IA3 against dense weights with rescaled rows and columns."""
 
-import copy
 import json
 
+import laws
 import pytest
 import torch
 from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import BASES, IDS, base_model, leaves, moved
 from mutants import survives
-from test_bitfit import (
-    BASES,
-    IDS,
-    assert_base_kept,
-    assert_checkpointing_changes_nothing,
-    assert_close,
-    assert_dense,
-    assert_gradients_near_fp64,
-    assert_merges_and_comes_back,
-    assert_rows,
-    base_model,
-    biased,
-    leaves,
-    move,
-    moved,
-)
 from torch import nn
 
 import minift
 from minift.methods import ia3
 from minift.methods.base import trainable
 from minift.methods.ia3 import IA3, IA3Linear
-from minift.models.interface import dense_weight, parameter_count
+from minift.models.interface import dense_weight
 from minift.models.llama import Llama, LlamaConfig
 from minift.models.skeleton import shapes_only
-from minift.quant import quantize_weight
-from minift.quant.linear import QuantizedLinear
 
 KV, FF = 16, 48
 K = ["self_attn.k_proj", "self_attn.v_proj"]
@@ -73,19 +56,18 @@ def rescaled(bare):
 
 def check(module):
     for fields, shapes in CASES:
-        fresh = biased(base_model())
-        model = moved(biased(base_model()), module.IA3(**fields))
+        fresh = base_model(biases=True)
+        model = moved(base_model(biases=True), module.IA3(**fields))
         adapter, count = model.adapters["default"], 2 * sum(max(shape) for shape in shapes.values())
         found = {path: tuple(made.state()["ia3_l"].shape) for path, made in adapter.modules.items()}
         assert found == {f"model.layers.{i}.{path}": shapes[path] for i in (0, 1) for path in shapes}
-        assert adapter.plan.trainable == count == sum(p.numel() for p in trainable(model).values())
-        assert count == sum(site.parameters for site in adapter.plan.sites) == adapter.plan.added
-        assert adapter.plan.total == parameter_count(model)
-        assert_dense(model, fresh, leaves(model), rescaled(fresh))
-        assert_base_kept(model, fresh)
-        assert_rows(model)
-        assert_merges_and_comes_back(model, fresh, 1e-12)
-        start = biased(base_model())
+        laws.assert_counts(model, count)
+        assert adapter.plan.added == count
+        laws.assert_dense(model, fresh, leaves(model), rescaled(fresh))
+        laws.assert_base_kept(model, fresh)
+        laws.assert_rows(model)
+        laws.assert_merges_and_comes_back(model, fresh, 1e-12)
+        start = base_model(biases=True)
         minift.apply(start, module.IA3(**fields))
         assert torch.equal(start(IDS), fresh(IDS))
 
@@ -121,34 +103,20 @@ def test_mutants_are_noticed(old, new):
     assert survives(check, ia3, old, new) == same
 
 
-def on(base):
-    model = biased(base_model("float32" if base == "nf4" else base))
-    if base == "nf4":
-        minift.quantize_model(model, "nf4")
-    return model
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_starts_as_the_base_keeps_its_bits_and_rows_and_merges(base):
-    fresh, model = on(base), on(base)
+    fresh, model = base_model(base, biases=True), base_model(base, biases=True)
     minift.apply(model, IA3())
-    assert torch.equal(model(IDS), fresh(IDS))
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    move(model)
-    assert_base_kept(model, fresh)
-    assert_rows(model)
-    assert_checkpointing_changes_nothing(model)
-    if base != "bfloat16":
-        assert_gradients_near_fp64(model)
+    laws.assert_starts_as_the_base_and_trains(model, fresh, base)
     # first order: 2 blocks of 7 products, weight and result of each rounded; in fp32 also 97 terms of its sum
     u = 2 * 2.0**-8 if base == "bfloat16" else 2 * 97 * 2.0**-24
-    assert_merges_and_comes_back(model, fresh, 2 * 7 * u)
+    laws.assert_merges_and_comes_back(model, fresh, 2 * 7 * u)
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_zeros_in_l_merge_and_come_back(base):
     """Unmerging by dividing would not bring these rows back."""
-    fresh, model = on(base), on(base)
+    fresh, model = base_model(base, biases=True), base_model(base, biases=True)
     minift.apply(model, IA3())
     with torch.no_grad():
         for p in trainable(model).values():
@@ -160,20 +128,18 @@ def test_zeros_in_l_merge_and_come_back(base):
     assert (keys.weight[::2] == 0).all() and (keys.bias[::2] == 0).all() and (keys.bias[1::2] != 0).all()
     minift.unmerge(model, "default")
     assert torch.equal(model(IDS), before)
-    assert_base_kept(model, fresh)
+    laws.assert_base_kept(model, fresh)
 
 
 @given(st.sampled_from(BASES), st.booleans(), st.integers(1, 40), st.integers(0, 99))
 def test_a_layer_and_its_gradient_are_within_the_bound_of_fp64(base, feedforward, n, seed):
     """Given the base's own product, each number is rounded to fp32 and to the dtype, u; dl sums n rows."""
     torch.manual_seed(seed)
-    dtype = torch.bfloat16 if base == "bfloat16" else torch.float32
-    layer = nn.Linear(64, 24).to(dtype).requires_grad_(False)
-    if base == "nf4":
-        layer = QuantizedLinear.from_weight(quantize_weight(layer.weight, "nf4"), dtype, layer.bias)
+    layer = laws.frozen_linear(base, 64, 24)
     made = IA3Linear(layer, feedforward)
     with torch.no_grad():
         made.ia3_l.add_(0.5 * torch.randn_like(made.ia3_l))
+    dtype = layer.bias.dtype
     x, dy = torch.randn(n, 64).to(dtype).requires_grad_(), torch.randn(n, 24).to(dtype)
     y, l = made(x), made.ia3_l.detach().double().flatten()  # noqa: E741
     y.backward(dy)
@@ -219,13 +185,8 @@ def test_nested_with_lora_outside_and_inside(fields):
     moved(model, low, name="low")
     for made in model.adapters["default"].parts:
         made.ia3_l.requires_grad_()
-    assert_dense(model, bare, leaves(model), rescaled(bare))
-    want = model(IDS)
-    with pytest.raises(ValueError, match="merge 'default' first"):
-        minift.merge(model, "low")
-    for name in ("default", "low"):
-        minift.merge(model, name)
-    assert_close(model(IDS), want)
+    laws.assert_dense(model, bare, leaves(model), rescaled(bare))
+    laws.assert_merge_in_order(model, "default", "low")
 
     model, bare = moved(base_model(), low, name="low"), base_model()
     for path, made in model.adapters["low"].modules.items():
@@ -234,15 +195,10 @@ def test_nested_with_lora_outside_and_inside(fields):
     moved(model, IA3(target_modules=targets, **fields))
     mine = {name.replace(".base", ""): p for name, p in leaves(model).items()}
     assert mine.keys() == trainable(model).keys()
-    assert_dense(model, bare, mine, rescaled(bare))
-    assert_rows(model)
-    assert_checkpointing_changes_nothing(model)
-    want = model(IDS)
-    with pytest.raises(ValueError, match="merge 'low' first"):
-        minift.merge(model, "default")
-    for name in ("low", "default"):
-        minift.merge(model, name)
-    assert_close(model(IDS), want)
+    laws.assert_dense(model, bare, mine, rescaled(bare))
+    laws.assert_rows(model)
+    laws.assert_checkpointing_changes_nothing(model)
+    laws.assert_merge_in_order(model, "low", "default")
 
 
 @pytest.mark.parametrize(
@@ -263,9 +219,9 @@ def test_counts_of_published_models(values, count):
 
 def test_the_plan_is_the_same_on_the_meta_device_and_fields_come_from_json():
     model = tiny_llama()
-    shapes = copy.deepcopy(model).to("meta")
     method = IA3(**json.loads('{"target_modules": ["k_proj"], "feedforward_modules": []}'))
-    assert method.plan(shapes) == method.plan(model) and method == IA3(target_modules="k_proj")
+    assert method == IA3(target_modules="k_proj")
+    laws.assert_plans_on_meta(method, model)
     assert [site.formula for site in IA3().plan(model).sites[:3]] == ["out 16", "out 16", "in 48"]
 
 

@@ -1,34 +1,18 @@
 """LayerNorm tuning against a dense model with the trained norms."""
 
-import copy
-
+import laws
 import pytest
 import torch
 from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import BASES, IDS, base_model, leaves, moved
 from mutants import survives
-from test_bitfit import (
-    BASES,
-    IDS,
-    assert_base_kept,
-    assert_checkpointing_changes_nothing,
-    assert_close,
-    assert_dense,
-    assert_gradients_near_fp64,
-    assert_merges_and_comes_back,
-    assert_rows,
-    base_model,
-    leaves,
-    move,
-    moved,
-)
 from torch import nn
 from torch.func import functional_call
 
 import minift
 from minift.methods import ln_tuning
-from minift.methods.base import trainable
 from minift.methods.ln_tuning import LNTuning
 from minift.methods.selective import Trained
 from minift.models.interface import parameter_count
@@ -64,15 +48,14 @@ def check(module):
         make = (lambda: with_layer_norms(base_model())) if layer_norms else base_model
         fresh, model = make(), moved(make(), module.LNTuning(target_modules=rules))
         plan = model.adapters["default"].plan
-        assert plan.trainable == count == sum(p.numel() for p in trainable(model).values())
-        assert count == sum(site.parameters for site in plan.sites)
-        assert plan.total == parameter_count(model) == parameter_count(fresh)
-        assert_dense(model, fresh, leaves(model))
-        assert_base_kept(model, fresh)
+        laws.assert_counts(model, count)
+        assert plan.total == parameter_count(fresh)
+        laws.assert_dense(model, fresh, leaves(model))
+        laws.assert_base_kept(model, fresh)
         names = ["weight", "bias"] if layer_norms else ["weight"]
         for made in model.adapters["default"].modules.values():
             assert list(made.state()) == [f"ln_tuning_layers.{name}" for name in names]  # as in PEFT's files
-        assert_merges_and_comes_back(model, fresh)
+        laws.assert_merges_and_comes_back(model, fresh)
 
 
 def test_outputs_gradients_and_counts_are_those_of_the_dense_model():
@@ -102,15 +85,9 @@ def test_mutants_are_noticed(old, new):
 def test_starts_as_the_base_keeps_its_bits_and_rows_and_merges_exactly(base):
     fresh, model = base_model(base), base_model(base)
     plan = minift.apply(model, LNTuning())
-    assert plan.trainable == 5 * D and torch.equal(model(IDS), fresh(IDS))
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    move(model)
-    assert_base_kept(model, fresh)
-    assert_rows(model)
-    assert_checkpointing_changes_nothing(model)
-    if base != "bfloat16":
-        assert_gradients_near_fp64(model)
-    assert_merges_and_comes_back(model, fresh)
+    assert plan.trainable == 5 * D
+    laws.assert_starts_as_the_base_and_trains(model, fresh, base)
+    laws.assert_merges_and_comes_back(model, fresh)
 
 
 @given(st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 40), st.integers(0, 99))
@@ -144,11 +121,11 @@ def test_it_stands_beside_lora_in_either_order_and_merges_in_any(first):
     for path, made in model.adapters["default"].modules.items():
         weights[f"{path}.weight"] = made.weight.detach().clone()
     want = model(IDS)
-    assert_close(want, functional_call(bare, weights, (IDS,)))
-    assert_checkpointing_changes_nothing(model)
+    laws.assert_close(want, functional_call(bare, weights, (IDS,)))
+    laws.assert_checkpointing_changes_nothing(model)
     for name in (first, ({"low", "default"} - {first}).pop()):
         minift.merge(model, name)
-        assert_close(model(IDS), want)
+        laws.assert_close(model(IDS), want)
 
 
 def test_two_on_one_norm_and_modules_that_are_no_norm_are_refused():
@@ -170,8 +147,4 @@ def test_two_on_one_norm_and_modules_that_are_no_norm_are_refused():
 
 
 def test_the_plan_is_the_same_on_the_meta_device():
-    model = tiny_llama()
-    shapes = copy.deepcopy(model).to("meta")
-    assert LNTuning().plan(shapes) == LNTuning().plan(model)
-    minift.apply(shapes, LNTuning())
-    assert all(p.is_meta for p in trainable(shapes).values())
+    laws.assert_plans_on_meta(LNTuning(), tiny_llama())

@@ -108,7 +108,10 @@ def check_tied_head(module):
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     y = head(x)
     compare(embedding, E, y, x @ E.T)
-    assert not list(head.parameters(recurse=False)) and not head.state()
+    assert not list(head.parameters(recurse=False))
+    stored = head.state()  # as a LoRA of the head's own, which peft reads
+    assert torch.equal(stored["lora_A.weight"], embedding.lora_embedding_B.T)
+    assert torch.equal(stored["lora_B.weight"], embedding.lora_embedding_A.T)
     assert (head.fold({"weight": base.weight})["weight"] - E).abs().max() <= 1e-13
     draws = torch.stack([head.train()(x).detach() for _ in range(2000)])
     error = (draws.mean(0) - y).abs() / (draws.std(0) / 2000**0.5)

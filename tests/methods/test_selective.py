@@ -2,27 +2,12 @@
 
 import copy
 
+import laws
 import pytest
 import torch
 from conftest import tiny_llama
+from laws import BASES, IDS, base_model, leaves, moved
 from mutants import survives
-from test_bitfit import (
-    BASES,
-    IDS,
-    assert_base_kept,
-    assert_checkpointing_changes_nothing,
-    assert_close,
-    assert_dense,
-    assert_gradients_near_fp64,
-    assert_merges_and_comes_back,
-    assert_rows,
-    base_model,
-    gradients,
-    leaves,
-    loss,
-    move,
-    moved,
-)
 from torch import nn
 from torch.func import functional_call
 
@@ -56,8 +41,7 @@ def check(module, cases=CASES):
         fresh = base_model(**config)
         model = moved(base_model(**config), module.Selective(**fields))
         plan = model.adapters["default"].plan
-        assert plan.trainable == count == sum(p.numel() for p in trainable(model).values())
-        assert count == sum(site.parameters for site in plan.sites)
+        laws.assert_counts(model, count)
         assert names is None or list(trainable(model)) == names
         if fields.get("last_blocks") == 1:
             assert all(name.startswith("model.layers.1.") for name in trainable(model))
@@ -66,10 +50,9 @@ def check(module, cases=CASES):
             bare = base_model()
             bare.lm_head.weight.data.copy_(fresh.lm_head.weight)
             assert plan.total == parameter_count(bare)
-        assert_dense(model, bare, weights)
-        assert_base_kept(model, fresh)
-        assert_rows(model)
-        assert parameter_count(model) == plan.total == plan.base_parameters + plan.added
+        laws.assert_dense(model, bare, weights)
+        laws.assert_base_kept(model, fresh)
+        laws.assert_rows(model)
         if count == 2 * HEAD:
             continue  # its merge is a test of its own
         minift.merge(model)
@@ -119,9 +102,9 @@ def test_the_gradient_of_a_tied_weight_is_the_sum_of_both_uses():
     assert weight is tied.adapters["default"].modules["model.embed_tokens"].weight
     uses = {name: weight.detach().clone().requires_grad_() for name in ("model.embed_tokens", "lm_head")}
     logits = functional_call(bare, {f"{name}.weight": w for name, w in uses.items()}, (IDS,))
-    as_input, as_head = torch.autograd.grad(loss(logits), uses.values())
+    as_input, as_head = torch.autograd.grad(laws.loss(logits), uses.values())
     assert as_input.abs().max() > 0.1 and as_head.abs().max() > 0.1
-    assert_close(gradients(tied)["model.embed_tokens.weight"], as_input + as_head)
+    laws.assert_close(laws.gradients(tied)["model.embed_tokens.weight"], as_input + as_head)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -133,15 +116,8 @@ def test_starts_as_the_base_keeps_its_bits_and_merges_exactly(base, fields, conf
             minift.apply(model, Selective(**fields))
         return
     minift.apply(model, Selective(**fields))
-    assert torch.equal(model(IDS), fresh(IDS))
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    move(model)
-    assert_base_kept(model, fresh)
-    assert_rows(model)
-    assert_checkpointing_changes_nothing(model)
-    if base != "bfloat16":
-        assert_gradients_near_fp64(model)
-    assert_merges_and_comes_back(model, fresh)
+    laws.assert_starts_as_the_base_and_trains(model, fresh, base)
+    laws.assert_merges_and_comes_back(model, fresh)
     assert model.config.tie_word_embeddings == bool(config)  # unmerged: as before
 
 
@@ -184,13 +160,8 @@ def test_lora_around_a_trained_layer_adds_to_it_and_is_merged_after_it():
     for path, made in model.adapters["low"].modules.items():
         W = weights.get(f"{path}.weight", bare.get_submodule(path).weight.detach())
         weights[f"{path}.weight"] = W + made.delta(torch.float64)
-    assert_close(model(IDS), functional_call(bare, weights, (IDS,)))
-    want = model(IDS)
-    with pytest.raises(ValueError, match="merge 'default' first"):
-        minift.merge(model, "low")
-    minift.merge(model, "default")
-    minift.merge(model, "low")
-    assert_close(model(IDS), want)
+    laws.assert_close(model(IDS), functional_call(bare, weights, (IDS,)))
+    laws.assert_merge_in_order(model, "default", "low")
 
 
 def test_a_layer_with_an_adapter_is_refused_and_its_neighbour_trains():

@@ -9,7 +9,7 @@ import torch
 from conftest import CharTokenizer, tiny_llama
 
 import minift
-from minift import cli
+from minift import cli, verbs
 from minift.cli import main
 from minift.methods.base import trainable
 from minift.quant import Quantization
@@ -140,7 +140,7 @@ def test_the_difference_of_logits_is_that_of_a_worked_example():
 
 
 def test_flags_of_quantization_stand_anywhere_and_are_its_fields(folder, capsys):
-    assert tuple(f.name for f in fields(Quantization)) == cli.QUANTIZATION_FIELDS
+    assert tuple(f.name for f in fields(Quantization)) == verbs.QUANTIZATION_FIELDS
     words = [
         "--quantize",
         "nf4",
