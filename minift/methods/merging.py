@@ -8,6 +8,7 @@ makes new layers and never writes into old ones, so undoing it means putting the
 
 import copy
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from minift.models.adapters import Adapter
 from minift.models.interface import LanguageModel, dense_weight, is_quantized
 from minift.models.wrappers import (
+    Wrapper,
     base_layers,
     chain,
     get_module,
@@ -29,11 +31,23 @@ MODES = ("dequantized", "requantized", "original")
 
 @dataclass
 class Kept:
-    """What `unmerge` needs: the adapter, and for each path both layers and the wrapper's depth."""
+    """What `unmerge` needs: of the adapter, of each of its paths, and of the model's records."""
 
     adapter: Adapter
-    layers: dict[str, tuple[nn.Module, nn.Module, int]]
-    before: dict  # config, quantization, quantization_table of the model
+    position: int  # among the resident adapters
+    layers: dict[str, "Change"]
+    quantization: tuple
+    rows: list  # of the quantization table, of layers that are dense now
+
+
+class Change(NamedTuple):
+    """What merging did at a path."""
+
+    old: nn.Module
+    merged: nn.Module
+    around: list[Wrapper]  # the wrappers that stayed, outermost first
+    outside: int  # how many of them stood outside the merged one
+    versions: list  # of the merged layer's parameters, which training in place would change
 
 
 def merge(
@@ -63,24 +77,24 @@ def merge(
     adapter = model.adapters[name]
     _check_mode(model, name, mode, original)
     _check_order(model, name)
-    if original is not None and any(hasattr(part, "loftq_errors") for part in adapter.parts):
-        raise ValueError(
-            f"{name!r} started as LoftQ, which makes up for what quantization took; on the original weights "
-            "it would do so twice: merge with mode 'dequantized'"
-        )
+    _check_state(model, name, original)
     folded = {path: _fold(model, name, path, mode, original) for path in adapter.modules}
-    kept = Kept(adapter, {}, {n: getattr(model, n) for n in ("config", "quantization", "quantization_table")})
+    kept = Kept(adapter, list(model.adapters).index(name), {}, model.quantization, [])
+    changes = {}
     for path, (layer, _) in folded.items():
-        wrapper = adapter.modules[path]
-        depth = len(chain(wrapper)) - 1
-        kept.layers[path] = (innermost(wrapper), layer, depth)
+        wrapper, around = adapter.modules[path], chain(get_module(model, path))
+        outside = around.index(wrapper)
+        old = innermost(wrapper)
         replace_base(model, path, layer)
         unwrap(model, path, wrapper)
+        around.remove(wrapper)
+        changes[path] = (old, layer, around, outside)
     if not folded:  # the trained weights are the model's weights already
         model.requires_grad_(False)
     del model.adapters[name]
-    _tie_again(model, kept)
-    _forget_quantization(model)
+    _tie(model)
+    kept.rows = _forget_quantization(model)
+    kept.layers = {path: Change(*change, _versions(change[1])) for path, change in changes.items()}
     if keep:
         model.kept[name] = kept
     return {path: error for path, (_, error) in folded.items()} or {
@@ -89,30 +103,50 @@ def merge(
 
 
 def unmerge(model: LanguageModel, name: str) -> None:
-    """Undo `merge(model, name, keep=True)`: the old layers, to the bit, and the adapter around them."""
+    """Undo `merge(model, name, keep=True)`: the old layers, to the bit, and the adapter around them.
+
+    What was done at its layers since must have been undone before. The adapter trains again where no other
+    is resident.
+    """
     if name not in model.kept:
         raise ValueError(
             f"no merged adapter {name!r} is kept; kept: {sorted(model.kept) or 'none'} (merge with keep=True)"
         )
     kept = model.kept[name]
-    for path, (_, merged, _) in kept.layers.items():
-        if innermost(get_module(model, path)) is not merged:
+    for path, change in kept.layers.items():
+        now = get_module(model, path)
+        same = innermost(now) is change.merged and chain(now) == change.around
+        if not same or _versions(change.merged) != change.versions:
             later = [n for n, k in model.kept.items() if n != name and path in k.layers]
-            raise ValueError(f"{path} was changed after {name!r} was merged; unmerge {later or 'that'} first")
-    for path, (old, _, depth) in kept.layers.items():
-        wrapper, around = kept.adapter.modules[path], chain(get_module(model, path))
+            what = f"unmerge {' and '.join(later)} first" if later else "undo that first"
+            raise ValueError(f"{path} was changed after {name!r} was merged; {what}")
+    for path, (old, _, around, outside, _) in kept.layers.items():
+        wrapper = kept.adapter.modules[path]
         replace_base(model, path, old)
-        inside = around[max(0, len(around) - depth) :]
-        outside = around[: len(around) - len(inside)]
-        wrapper.base = inside[0] if inside else old
+        wrapper.base = around[outside] if outside < len(around) else old
         if outside:
-            outside[-1].base = wrapper
+            around[outside - 1].base = wrapper
         else:
             replace_module(model, path, wrapper)
-    for attribute, value in kept.before.items():
-        setattr(model, attribute, value)
-    model.adapters[name] = kept.adapter
+        wrapper.train(model.training)
+        wrapper.active, wrapper.rows = True, None
+        for parameter in wrapper.parameters(recurse=False):
+            parameter.requires_grad_(not model.adapters)
+    _tie(model)
+    recipes = [recipe for recipe in model.quantization if recipe not in kept.quantization]
+    model.quantization = (*kept.quantization, *recipes)
+    order = list(base_layers(model))
+    rows = sorted((*model.quantization_table, *kept.rows), key=lambda row: order.index(row.path))
+    model.quantization_table = type(model.quantization_table)(rows)
     del model.kept[name]
+    resident = list(model.adapters.items())
+    resident.insert(kept.position, (name, kept.adapter))
+    model.adapters.clear()
+    model.adapters.update(resident)
+
+
+def _versions(layer: nn.Module) -> list:
+    return [(id(p), p._version, p.dtype, p.device) for p in layer._parameters.values() if p is not None]
 
 
 def _fold(model, name, path, mode, original) -> tuple[nn.Module, float]:
@@ -121,7 +155,7 @@ def _fold(model, name, path, mode, original) -> tuple[nn.Module, float]:
     base = innermost(wrapper)
     against = _parameters(base)
     start = dict(against)
-    if original is not None and path in base_layers(original):
+    if original is not None and is_quantized(base):  # a layer that another merge made dense is what it is
         start["weight"] = dense_weight(get_module(original, path)).to(against["weight"].device)
     wide = torch.promote_types(next(iter(against.values())).dtype, torch.float32)
     with torch.no_grad():
@@ -167,24 +201,40 @@ def _with_parameters(
     return layer
 
 
-def _tie_again(model, kept) -> None:
-    """One weight again where both ends became the same; where they did not, the config says so."""
-    if not getattr(model.config, "tie_word_embeddings", False):
+def _tie(model) -> None:
+    """One weight where both ends are the same numbers; and the config says what is."""
+    ends = [getattr(innermost(end), "weight", None) for end in (model.embed, model.head)]
+    if None in ends or not hasattr(model.config, "tie_word_embeddings"):
         return
-    ends = [innermost(model.embed), innermost(model.head)]
-    changed = [any(end is layer for _, layer, _ in kept.layers.values()) for end in ends]
-    if all(changed) and torch.equal(ends[0].weight, ends[1].weight):
+    if model.config.tie_word_embeddings and not model.tied and torch.equal(*ends):
         model.tie_weights()
-    elif any(changed):
-        model.config = replace(model.config, tie_word_embeddings=False)
+    if model.config.tie_word_embeddings != model.tied:
+        model.config = replace(model.config, tie_word_embeddings=model.tied)
 
 
-def _forget_quantization(model) -> None:
-    """Keep the record of those layers alone that are still quantized."""
+def _forget_quantization(model) -> list:
+    """Keep the record of those layers alone that are still quantized; what was forgotten."""
     quantized = {path for path, layer in base_layers(model).items() if is_quantized(innermost(layer))}
-    rows = (row for row in model.quantization_table if row.path in quantized)
-    model.quantization_table = type(model.quantization_table)(rows)
+    rows = [row for row in model.quantization_table if row.path not in quantized]
+    model.quantization_table = type(model.quantization_table)(
+        row for row in model.quantization_table if row.path in quantized
+    )
     model.quantization = model.quantization if quantized else ()
+    return rows
+
+
+def _check_state(model, name, original) -> None:
+    parts = model.adapters[name].parts
+    if not all(part.active for part in parts) or any(part.rows is not None for part in parts):
+        raise ValueError(
+            f"{name!r} is switched off, or works for some rows of a batch; switch it on "
+            f"(model.adapters.switch) before it is merged"
+        )
+    if original is not None and any(hasattr(part, "loftq_errors") for part in parts):
+        raise ValueError(
+            f"{name!r} started as LoftQ, which makes up for what quantization took; on the original weights "
+            "it would do so twice: merge with mode 'dequantized'"
+        )
 
 
 def _check_order(model, name) -> None:

@@ -41,9 +41,16 @@ class Adapters(dict):
         if reason:
             raise ValueError(f"{method.name} cannot run on this model: {reason}")
         plan = method.plan(self.model)
+        trained = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         self.model.requires_grad_(False)
         self[name] = Adapter(method, plan)
-        method.inject(self.model, plan, name, seed)
+        try:
+            method.inject(self.model, plan, name, seed)
+        except BaseException:
+            self._take_out(name)
+            for parameter, trains in trained.items():
+                parameter.requires_grad_(trains)
+            raise
         return plan
 
     def check_name(self, name: str, method) -> None:
@@ -66,7 +73,10 @@ class Adapters(dict):
         return [name for name, adapter in self.items() if all(part.active for part in adapter.parts)]
 
     def switch(self, *names: str) -> None:
-        """Let these adapters work and no other; without names, none: the base model."""
+        """Let these adapters work and no other; without names, none: the base model.
+
+        Not between a forward and its backward: gradient checkpointing recomputes with what works then.
+        """
         for name in names:
             self._known(name)
         for name, adapter in self.items():
@@ -77,33 +87,44 @@ class Adapters(dict):
     @contextlib.contextmanager
     def disable(self):
         """The base model for a while: `with model.adapters.disable(): ...`"""
-        before = self.active()
-        self.switch()
-        try:
+        with self._as_before():
+            self.switch()
             yield self.model
-        finally:
-            self.switch(*before)
 
     @contextlib.contextmanager
     def rows(self, names: list):
         """One adapter for each text of the batch: a name, several names, or None for the base model."""
         chosen = [(n,) if isinstance(n, str) else tuple(n or ()) for n in names]
-        before = self.active()
-        self.switch(*dict.fromkeys(name for each in chosen for name in each))
-        for name in self.active():
-            mask = torch.tensor([name in each for each in chosen], device=self.model.device)
-            for part in self[name].parts:
-                part.rows = mask
-        try:
+        with self._as_before():
+            self.switch(*dict.fromkeys(name for each in chosen for name in each))
+            for name in self.active():
+                mask = torch.tensor([name in each for each in chosen], device=self.model.device)
+                for part in self[name].parts:
+                    part.rows = mask
             yield self.model
+
+    @contextlib.contextmanager
+    def _as_before(self):
+        """Give the parts back what they had; contexts may be nested, and adapters come and go inside."""
+        before = [(part, part.active, part.rows) for adapter in self.values() for part in adapter.parts]
+        try:
+            yield
         finally:
-            self.switch(*before)
+            for part, active, rows in before:
+                part.active, part.rows = active, rows
+
+    def by_rows(self) -> bool:
+        """Whether some adapter works for some texts of the batch only."""
+        return any(part.rows is not None for adapter in self.values() for part in adapter.parts)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; the base weights are as they were."""
-        adapter = self._known(name)
+        self._known(name)
         self._can_rest(name, False)
-        for path, part in adapter.modules.items():
+        self._take_out(name)
+
+    def _take_out(self, name: str) -> None:
+        for path, part in self[name].modules.items():
             if isinstance(part, Slot):
                 self.model.slots = type(self.model.slots)(s for s in self.model.slots if s is not part)
             else:

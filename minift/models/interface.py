@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T = x.shape[1]
         extended = with_virtual_tokens(self, x, attention_mask, position_ids, prefix_kv, cache)
-        return self.run_blocks(*extended, cache)[:, -T:]
+        return self.run_blocks(*extended, cache)[:, extended[0].shape[1] - T :]
 
     def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
         """The blocks and the last norm on embeddings (B, T, D), virtual ones included; -> the same shape."""

@@ -35,6 +35,11 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        if self.model.adapters.by_rows():
+            raise ValueError(
+                "adapters are chosen by rows of the batch, and a loss is of one choice; leave adapters.rows "
+                "first"
+            )
         hidden = self.model.backbone(batch["input_ids"], attention_mask=batch["attention_mask"])  # (B, T, D)
         targets = batch["labels"][:, 1:]  # position t predicts token t + 1
         supervised = targets != IGNORED  # (B, T - 1)

@@ -76,11 +76,18 @@ def check(module):
         assert (model(IDS) - logits).abs().max() <= 1e-11
         module.unmerge(model, first)
         assert same(bits(model), before) and torch.equal(model(IDS), logits)
-    model = adapted("abc", torch.float64)
-    wrapped = order(model, "a")
+    model = adapted("abc", torch.float64, dropout=0.5)
+    wrapped, logits = order(model, "a"), model(IDS)
+    model.train()
     module.merge(model, "b", keep=True)
+    model.eval()
     module.unmerge(model, "b")
-    assert order(model, "a") == wrapped == ["c", "b", "a"]
+    assert order(model, "a") == wrapped == ["c", "b", "a"] and list(model.adapters) == ["a", "b", "c"]
+    assert torch.equal(model(IDS), logits)
+    assert all(n.endswith(("lora_A", "lora_B")) for n in trainable(model))
+    assert {id(p) for p in trainable(model).values()} == {
+        id(p) for part in model.adapters["c"].parts for p in part.parameters(recurse=False)
+    }
     model = adapted(dtype=torch.float32)
     layer = innermost(get_module(model, "model.layers.0.self_attn.q_proj"))
     layer.bias = nn.Parameter(torch.ones(32))  # merged without an error of its own
@@ -124,14 +131,18 @@ def test_partial_merges_keep_the_rest_and_report_their_rounding():
     [
         ("exact = wrapper.fold({n: t.double()", "exact = wrapper.fold({n: t.float()"),
         ("given = {n: t.to(wide)", "given = {n: t.bfloat16()"),
-        ("        unwrap(model, path, wrapper)\n    if not folded", "    if not folded"),
+        ("        unwrap(model, path, wrapper)\n", ""),
         ("        replace_base(model, path, layer)\n", ""),
         ("        replace_base(model, path, old)\n", ""),
-        ("    _tie_again(model, kept)\n", ""),
-        ("    elif any(changed):", "    elif False:"),
+        ("    _tie(model)\n    kept.rows", "    kept.rows"),
+        ("    _tie(model)\n    recipes", "    recipes"),
+        ("tie_word_embeddings=model.tied)", "tie_word_embeddings=True)"),
         ("        model.tie_weights()\n", "        pass\n"),
-        ("around[max(0, len(around) - depth) :]", "around[len(around) :]"),
-        ("        setattr(model, attribute, value)\n", "        pass\n"),
+        ("around[outside] if outside < len(around) else old", "old"),
+        ("    if model.config.tie_word_embeddings != model.tied:", "    if False:"),
+        ("requires_grad_(not model.adapters)", "requires_grad_(True)"),
+        ("resident.insert(kept.position,", "resident.insert(9,"),
+        ("wrapper.train(model.training)", "wrapper.train()"),
         ("return layer, max(errors)", "return layer, min(errors)"),
         ("    del model.kept[name]\n", "    model.kept.clear()\n    model.adapters.clear()\n"),
     ],
@@ -145,7 +156,7 @@ def test_unmerging_under_a_later_merge_is_refused():
     minift.merge(model, "a", keep=True)
     minift.merge(model, "b", keep=True)
     before = bits(model)
-    with pytest.raises(ValueError, match=r"was changed after 'a' was merged; unmerge \['b'\] first"):
+    with pytest.raises(ValueError, match=r"was changed after 'a' was merged; unmerge b first"):
         minift.unmerge(model, "a")
     assert same(bits(model), before)
 
@@ -208,3 +219,69 @@ def test_wrappers_that_do_not_commute_are_merged_from_the_inside():
     minift.merge(model, "outer")
     # fp64 sums of at most 48 products in another order, values of order 10
     assert (model(IDS) - logits).abs().max() <= 1e-11
+
+
+def test_what_happened_since_must_be_undone_before_unmerging():
+    def after(change, message):
+        model = adapted("ab", torch.float32)
+        minift.merge(model, "a", keep=True)
+        change(model)
+        logits = model(IDS)
+        with pytest.raises(ValueError, match=message):
+            minift.unmerge(model, "a")
+        assert torch.equal(model(IDS), logits) and "a" in model.kept
+
+    q = "model.layers.0.self_attn.q_proj was changed after 'a' was merged; undo that first"
+    after(lambda m: minift.apply(m, minift.LoRA(r=2), name="late"), q)
+    after(lambda m: m.adapters.remove("b"), q)
+    after(lambda m: (minift.merge(m, "b"), minift.quantize_model(m, only=["q_proj"])), q)
+    model = adapted("a", torch.float32)
+    minift.merge(model, "a", keep=True)
+    with pytest.raises(ValueError, match=r"\['a'\] are merged and kept, .*unmerge them"):
+        minift.apply(model, minift.Full())
+
+
+def test_kept_merges_of_a_tied_model_come_back_in_any_order():
+    for first, second in (("a", "h"), ("h", "a")):
+        model = tiny_llama(tie_word_embeddings=True)
+        minift.apply(model, minift.LoRA(r=2, target_modules=["q_proj"]), name="a")
+        minift.apply(model, minift.LoRA(r=2, target_modules=["lm_head"], tied="untie"), name="h")
+        for part in (*model.adapters["a"].parts, *model.adapters["h"].parts):
+            nn.init.normal_(part.lora_B, std=0.2)
+        before = model(IDS)
+        minift.merge(model, "h", keep=True)
+        assert not model.config.tie_word_embeddings
+        minift.merge(model, "a", keep=True)
+        minift.unmerge(model, first)
+        assert model.tied == model.config.tie_word_embeddings == (first == "h")
+        minift.unmerge(model, second)
+        assert torch.equal(model(IDS), before) and model.config.tie_word_embeddings
+
+
+def test_on_the_original_weights_two_adapters_add_up():
+    original = tiny_llama(hidden_size=64, intermediate_size=96)
+    model = copy.deepcopy(original)
+    minift.quantize_model(model, only=["q_proj", "v_proj"])
+    want = {}
+    for name in "ab":
+        minift.apply(model, minift.LoRA(r=2, target_modules=["q_proj"]), name=name)
+        for path, part in model.adapters[name].modules.items():
+            nn.init.normal_(part.lora_B, std=0.2)
+            want[path] = want.get(path, 0) + part.delta()
+    for name in "ab":
+        minift.merge(model, name, mode="original", original=original)
+    for path, delta in want.items():
+        exact = get_module(original, path).weight + delta
+        # two sums of fp32, each rounded once
+        assert (get_module(model, path).weight - exact).abs().max() <= 3 * 2**-24 * exact.abs().max()
+
+
+def test_an_adapter_that_rests_is_not_merged():
+    model = adapted()
+    model.adapters.switch("a")
+    logits = model(IDS)
+    with pytest.raises(ValueError, match="'b' is switched off, or works for some rows"):
+        minift.merge(model, "b")
+    with model.adapters.rows(["a", None, "a"]), pytest.raises(ValueError, match="works for some rows"):
+        minift.merge(model, "a")
+    assert torch.equal(model(IDS), logits)

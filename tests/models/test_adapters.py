@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import minift
 from minift.methods.base import trainable
 from minift.models.wrappers import bare_modules, base_layers, base_parameters, chain, get_module, innermost
+from minift.training.objective import Objective
 
 IDS = torch.arange(24).view(3, 8) % 97
 METHODS = {
@@ -186,3 +187,38 @@ def test_switching_copies_nothing_and_takes_milliseconds():
         times.append(time.perf_counter() - start)
     assert pointers == [p.data_ptr() for p in model.parameters()]
     assert min(times) < 1e-3  # flags of 10 wrappers
+
+
+def test_contexts_nest_and_give_back_what_was_and_let_adapters_come_and_go():
+    model = with_adapters()
+    with model.adapters.rows(["a", None, "b"]):
+        mixed = model(IDS)
+        with model.adapters.disable():
+            minift.apply(model, METHODS["b"], name="new")
+        assert "new" in model.adapters.active()
+        model.adapters.remove("new")
+        with model.adapters.rows([None, "c", "c"]):
+            assert not torch.equal(model(IDS), mixed)
+        assert torch.equal(model(IDS), mixed)
+        model.adapters.remove("c")
+    assert model.adapters.active() == ["a", "b"] and not model.adapters.by_rows()
+    with pytest.raises(RuntimeError), model.adapters.disable():
+        raise RuntimeError
+    assert model.adapters.active() == ["a", "b"]
+
+
+def test_a_method_that_fails_half_way_leaves_nothing():
+    model = tiny_llama()
+    model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises((RuntimeError, ValueError)):
+        minift.apply(model, minift.LoRA(r=2, init="pissa", target_modules=["q_proj"]))
+    assert not model.adapters and not any(chain(m) for m in bare_modules(model).values())
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_a_loss_wants_one_choice_for_all_texts():
+    model = with_adapters("a")
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    with model.adapters.rows(["a", None, "a"]), pytest.raises(ValueError, match="leave adapters.rows first"):
+        Objective(model)(batch)
