@@ -44,7 +44,7 @@ from minift.training.evaluation import evaluate_loss
 from minift.training.log import read_log
 from minift.training.loop import train
 
-QUICK = ("lora", "ia3", "prompt_tuning")
+QUICK = ("lora",)
 LEARNT = 32  # rows of the training set whose loss must fall
 RUNS = {  # with its learning rate
     **demo.METHODS,

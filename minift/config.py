@@ -117,6 +117,13 @@ def override(tree: dict, flags: dict[str, str]) -> dict:
             tree[table] = {key: tree[table]}
         if not isinstance(tree.get(table, {}), dict):
             raise ValueError(f"{table} is {tree[table]!r}, expected a table with {key}")
+    for table, key in NAMED_TABLES.items():
+        short, long = flags.get(table), flags.get(f"{table}.{key}")
+        if short is not None and long is not None and short != long:
+            raise ValueError(
+                f"--{table} {short} and --{table}.{key} {long} set the same and contradict each other; leave "
+                "one out"
+            )
     named = flags.get("method", flags.get("method.name"))
     if named is not None and tree.get("method", {}).get("name", "lora") != named:
         tree["method"] = {}  # another method has other fields

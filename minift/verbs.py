@@ -55,7 +55,7 @@ def _run_config(verb, argv):
 
 def train(argv):
     config, arguments = _run_config("train", argv)
-    from minift.load import holds_quantized, load_model, load_tokenizer
+    from minift.load import holds_quantized, load_model, load_tokenizer, save_model, save_tokenizer
     from minift.methods import apply
     from minift.methods.loftq import loftq_table
     from minift.training.loop import train as run
@@ -78,6 +78,11 @@ def train(argv):
         overwrite=arguments.overwrite,
         resume=arguments.resume,
     )
+    if getattr(config.method, "loftq_iterations", 1) > 1:  # the adapter belongs to this base and no other
+        model.adapters.remove("default")
+        save_model(model, f"{config.train.output}/base")
+        save_tokenizer(tokenizer, f"{config.train.output}/base")
+        print(f"the quantized base that LoftQ made is in {config.train.output}/base")
     print(", ".join(f"{name} {value}" for name, value in metrics.items()))
     print(f"adapter, log and plot are in {config.train.output}")
 
@@ -138,12 +143,13 @@ def merge(argv):
     parser.add_argument("--mode", default="dequantized", help="dequantized, requantized or original")
     parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
     parser.add_argument("--dtype", default="bfloat16")
+    _any_base(parser)
     _add_quantization(parser, "--quantize.")
     a = parser.parse_args(argv)
     recipe = _quantization(a, "quantize.") if _given(a) else None
     from minift.reports.merging import merge as run
 
-    run(a.model, a.adapter, a.output, recipe, a.mode, a.dtype, a.text)
+    run(a.model, a.adapter, a.output, recipe, a.mode, a.dtype, a.text, not a.any_base)
 
 
 def rank(argv):
@@ -166,7 +172,7 @@ def verify(argv):
     parser.add_argument("adapter", help="a folder")
     parser.add_argument("--model", default="", help="the base; default: what adapter_config.json names")
     parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
-    parser.add_argument("--any-base", action="store_true", help="also one that it was not trained on")
+    _any_base(parser)
     a = parser.parse_args(argv)
     from minift.reports.verify import verify as run
 
@@ -178,14 +184,21 @@ def tokens(argv):
     parser.add_argument("model")
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--k", type=int, default=5, help="tokens for each virtual token")
+    _any_base(parser)
     a = parser.parse_args(argv)
     from minift.load import load_model, load_tokenizer
     from minift.methods.files import load_adapter
     from minift.reports.virtual_tokens import nearest_tokens
 
     model, tokenizer = load_model(a.model), load_tokenizer(a.model)
-    load_adapter(model, a.adapter)
+    load_adapter(model, a.adapter, check_base=not a.any_base)
     print(nearest_tokens(model, tokenizer, k=a.k))
+
+
+def _any_base(parser) -> None:
+    parser.add_argument(
+        "--any-base", action="store_true", help="take an adapter that was trained on another base"
+    )
 
 
 QUANTIZATION_FIELDS = ("format", "block_size", "double_quant", "only", "skip")
@@ -199,7 +212,11 @@ def _add_quantization(parser, prefix: str) -> None:
 
 
 def _given(arguments) -> dict[str, str]:
-    return {name[9:]: value for name, value in vars(arguments).items() if name.startswith("quantize.")}
+    return {
+        name.removeprefix("quantize."): value
+        for name, value in vars(arguments).items()
+        if name.startswith("quantize.")
+    }
 
 
 def _quantization(arguments, path: str):
@@ -215,8 +232,8 @@ def generate(argv):
     parser.add_argument("text")
     parser.add_argument("--adapter")
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--any-base", action="store_true", help="an adapter that was trained on another base")
-    parser.add_argument("--any-template", action="store_true", help="or with another chat template")
+    _any_base(parser)
+    parser.add_argument("--any-template", action="store_true", help="and with another chat template")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)

@@ -11,15 +11,15 @@ is equation 4, the sum of the squared norms, so that the same orth_reg_weight do
 """
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from minift.methods.base import check_number, check_whole
 from minift.methods.lora import LoRA
 from minift.methods.low_rank import LoRALinear
-from minift.models.wrappers import Wrapper, get_module, is_base_layer
+from minift.models.wrappers import get_module, is_base_layer
 
 NAMES = ("lora", "sensitivity", "uncertainty")  # of a factor's numbers, with _A, _B or _E
 
@@ -48,9 +48,6 @@ class SVDLinear(LoRALinear):
     def start_at(self, A, B):
         self.lora_A.data.copy_(A)
         self.lora_B.data.copy_(B)  # and nothing is taken off, since lambda is zero
-
-    def state(self):
-        return Wrapper.state(self)
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
@@ -115,18 +112,12 @@ class AdaLoRA(LoRA):
             if getattr(self, name):
                 raise ValueError(f"{name} is not for adalora: all layers start at r, with one scaling")
         for name, least in (("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}; it is a whole number of at least {least}")
+            check_whole(self, name, least)
         if self.target_r > self.r:
             raise ValueError(f"target_r is {self.target_r}, above r, {self.r}; the budget only shrinks")
         for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if type(value) is not float or not 0 < value < 1:
-                raise ValueError(f"{name} is {value!r}; it is a number between 0 and 1")
-        weight = self.orth_reg_weight
-        if type(weight) not in (int, float) or not 0 <= weight < inf:
-            raise ValueError(f"orth_reg_weight is {weight!r}; it is a finite number of at least 0")
+            check_number(self, name, above=0, below=1)
+        check_number(self, "orth_reg_weight")
 
     def scale(self, r, alpha):
         return alpha / (r + 1e-5)

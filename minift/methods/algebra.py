@@ -7,8 +7,8 @@
     dare:  sum_i w_i (delta_i with entries dropped at random, the rest divided by 1 - p); then the same
 
 An adapter that does not cover a layer has delta zero there. s is the scaling of the first that covers it.
-Sources: Yadav et al. 2023, arXiv:2306.01708, section 3.2 and algorithm 1 (TIES); Yu et al. 2023,
-arXiv:2311.03099, section 3.1 (DARE).
+Sources: Yadav et al. 2023, arXiv:2306.01708, section 4.2 and algorithm 1 (TIES); Yu et al. 2023,
+arXiv:2311.03099, section 3.2 (DARE).
 """
 
 import math
@@ -20,9 +20,10 @@ from minift.methods.factors import Factors, check_finite, cut, factors_of, put, 
 from minift.methods.lora import LoRA
 from minift.methods.low_rank import TiedLoRAHead
 from minift.methods.peft_lora import shortest
-from minift.methods.selective import Trained, path_of
+from minift.methods.trained import Trained
 from minift.models.interface import LanguageModel
 from minift.models.slots import Slot
+from minift.models.wrappers import path_of
 
 NEEDS = {"cat": (), "svd": ("r",), "ties": ("r", "density"), "dare": ("r", "p")}
 

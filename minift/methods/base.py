@@ -6,6 +6,7 @@ meta device, and the plan says every layer it will touch before anything is touc
 
 import hashlib
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -19,13 +20,14 @@ class Site:
 
     path: str  # module path, without wrappers; of a weight that is trained itself, the parameter's name
     rule: str
-    shape: tuple[int, ...]  # of the adapted weight, (out, in)
+    shape: tuple[int, ...]  # of the adapted weight, (out, in), or of what is trained
     parameters: int  # trainable, by the method's formula for this site
     formula: str = ""  # that formula with its numbers, as "8 (4096 + 4096)"
     dtype: str = "float32"  # of the trainable parameters
     r: int | None = None
     scaling: float | None = None
     replaces: bool = False  # stands in the place of base parameters instead of beside them
+    tied_to: str = ""  # the path of the site that it shares its weight with, which counts the parameters
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,67 @@ class Method:
         return found
 
 
+def check_whole(method: Method, name: str, least: int) -> None:
+    """The field `name` of a method, or each value of one that is a table, is a whole number."""
+    for what, value in _values(method, name):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{what} is {value!r}; it is a whole number of at least {least}")
+
+
+def check_number(
+    method: Method, name: str, least: float = 0, above: float | None = None, below: float = inf
+) -> None:
+    """Likewise, a finite number of at least `least`, or above `above` where that is given."""
+    start = f"of at least {least}" if above is None else f"above {above}"
+    meant = f"a finite number {start}" if below == inf else f"a number {start} and below {below}"
+    for what, value in _values(method, name):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (least <= value if above is None else above < value) or not value < below:
+            raise ValueError(f"{what} is {value!r}; it is {meant}")
+
+
+def check_one_of(method: Method, name: str, known) -> None:
+    value = getattr(method, name)
+    if value not in tuple(known):
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(known)}")
+
+
+def check_flag(method: Method, name: str) -> None:
+    value = getattr(method, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it is True or False")
+
+
+def _values(method, name) -> list[tuple[str, object]]:
+    """What errors call the values of a field, and the values."""
+    value = getattr(method, name)
+    return [(f"{name} {k}", v) for k, v in value.items()] if isinstance(value, dict) else [(name, value)]
+
+
 def trainable(model) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter for everything that trains, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def training_adapter(model: LanguageModel) -> str:
+    """The name of the adapter that trains: of a method that trains the base itself, or with a parameter of
+    its own that asks for a gradient."""
+    names = [
+        name
+        for name, adapter in model.adapters.items()
+        if not adapter.parts or any(p.requires_grad for part in adapter.parts for p in own_parameters(part))
+    ]
+    if len(names) != 1:
+        raise ValueError(
+            f"one adapter trains at a time; here {', '.join(names) or 'none'} would (minift.apply and "
+            "minift.load_adapter freeze the others)"
+        )
+    return names[0]
+
+
+def own_parameters(part: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of a wrapper, without those of what it wraps; of a slot, all."""
+    return [p for name, p in part.named_parameters() if not name.startswith("base.")]
 
 
 def buffers(model) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
     y = W x + b',   b' = b at the start, in fp32; likewise the shift of a LayerNorm
 
-What trains are copies in fp32, rounded to the base's dtype for computing (selective.py), so the model starts
+What trains are copies in fp32, rounded to the base's dtype for computing (trained.py), so the model starts
 as the base to the bit, also where W is quantized.
 Trainable: the length of every bias. Without `target_modules` that is every bias of the model, the paper's
 BitFit; rules give its variants, as the query bias and that of the middle of the feed-forward (section 4).
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minift.methods.base import Method, Plan
-from minift.methods.selective import as_rules, inject_trained, plan_trained
+from minift.methods.trained import inject_trained, plan_trained
 from minift.models.interface import parameter_count
+from minift.models.targets import as_rules
 from minift.models.wrappers import bare_modules, innermost
 
 

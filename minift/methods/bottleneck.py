@@ -5,7 +5,9 @@
     down: h -> A h + a, A (m, D);   up: z -> B z + b, B (D, m)
 
 houlsby adapts the output of attention and of the feed-forward, before each is added to the residual stream,
-pfeiffer that of the feed-forward alone, and parallel stands beside the feed-forward.
+pfeiffer that of the feed-forward alone, and parallel stands beside the feed-forward. Implementations of
+pfeiffer differ in whether it stands before or after the residual is added; here it stands before, inside the
+residual branch.
 Start: biases are zero. With `init_std` of zero, B is zero and A ~ U(-1/sqrt(D), 1/sqrt(D)): the base to the
 bit. Otherwise A and B are normal with that deviation, truncated at two of it: near the identity.
 Trainable: 2 D m + m + D for each adapter.
@@ -20,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, generator
-from minift.methods.selective import as_rules
+from minift.methods.base import Method, Plan, Site, check_number, check_one_of, check_whole, generator
 from minift.models.interface import LanguageModel, parameter_count
-from minift.models.targets import match
+from minift.models.targets import as_rules, match
 from minift.models.wrappers import Wrapper, bare_modules, get_module, replace_module
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -91,18 +92,11 @@ class Bottleneck(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "layers_to_transform", as_rules(self.layers_to_transform))
-        m = self.bottleneck_dim
-        if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-            raise ValueError(f"bottleneck_dim is {m!r}; it is a whole number of at least 1")
-        for name, known in (("activation", ACTIVATIONS), ("placement", PLACEMENTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
-        for name in ("scaling", "init_std"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf") or (name == "scaling" and value == 0):
-                least = "positive" if name == "scaling" else "at least 0"
-                raise ValueError(f"{name} is {value!r}; it must be a finite number, {least}")
+        check_whole(self, "bottleneck_dim", 1)
+        check_one_of(self, "activation", ACTIVATIONS)
+        check_one_of(self, "placement", PLACEMENTS)
+        check_number(self, "scaling", above=0)
+        check_number(self, "init_std")
 
     @property
     def identity_at_init(self) -> str:
@@ -120,9 +114,7 @@ class Bottleneck(Method):
         )
         D, m = model.dims.hidden, self.bottleneck_dim
         sites = [
-            Site(
-                path, rule, (D, D), 2 * D * m + m + D, f"2 x {D} x {m} + {m} + {D}", r=m, scaling=self.scaling
-            )
+            Site(path, rule, (D, m), 2 * D * m + m + D, f"2 x {D} x {m} + {m} + {D}", scaling=self.scaling)
             for path, rule in rules.items()
         ]
         return Plan(self, tuple(sites), parameter_count(model))
@@ -131,11 +123,11 @@ class Bottleneck(Method):
         parallel = self.placement == "parallel"
         for site in plan.sites:
             base = get_module(model, site.path)
-            adapter = BottleneckAdapter(base, site.shape[0], site.r, self.activation, site.scaling, parallel)
+            adapter = BottleneckAdapter(base, *site.shape, self.activation, site.scaling, parallel)
             if not adapter.down.is_meta:
                 adapter.start(self.init_std, generator(seed, f"{name}:{site.path}"))
             model.adapters[name].modules[site.path] = adapter
             replace_module(model, site.path, adapter)
 
     def count(self, plan):
-        return sum(2 * site.shape[0] * site.r + site.r + site.shape[0] for site in plan.sites)
+        return sum(2 * D * m + m + D for D, m in (site.shape for site in plan.sites))

@@ -80,9 +80,6 @@ class DoRALinear(LoRALinear):
         rows = x.to(dtype).reshape(-1, self.in_features).contiguous()
         return base_product(rows, matrix).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def state(self):
-        return {**super().state(), self.keys["magnitude"]: self.magnitude}
-
     def fold(self, tensors):
         V = super().fold(tensors)["weight"]
         norm = torch.linalg.vector_norm(V, dim=1).clamp(min=torch.finfo(V.dtype).tiny ** 0.5)

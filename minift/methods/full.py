@@ -25,7 +25,9 @@ class Full(Method):
         if model.adapters:
             return f"adapters {sorted(model.adapters)} are resident; merge them first"
         if model.kept:
-            return f"{sorted(model.kept)} are merged and kept, and could not come back afterwards; unmerge them"
+            return (
+                f"{sorted(model.kept)} are merged and kept, and could not come back afterwards; unmerge them"
+            )
         frozen = [path for path, layer in base_layers(model).items() if is_quantized(layer)]
         if frozen:
             return (

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from minift.methods.base import Method, Plan, Site
-from minift.methods.selective import as_rules
 from minift.models.interface import LanguageModel, parameter_count
-from minift.models.targets import match
+from minift.models.targets import as_rules, match
 from minift.models.wrappers import Wrapper, get_module, replace_module
 
 NONE = ("none",)
@@ -55,7 +54,7 @@ class IA3Linear(Wrapper):
 @dataclass(frozen=True)
 class IA3(Method):
     name: ClassVar[str] = "ia3"
-    law: ClassVar[str] = "L (2 kv_dim + d_ff)"
+    law: ClassVar[str] = "sum of out, or of in for the feed-forward: L (2 kv_dim + d_ff)"
 
     target_modules: tuple[str, ...] = ()
     """Names, or globs over whole paths, of linear layers; empty means keys, values, feed-forward output."""
@@ -72,9 +71,8 @@ class IA3(Method):
         feedforward = self._feedforward(model, rules)
         for path, rule in rules.items():
             layer = get_module(model, path)
-            shape = (layer.out_features, layer.in_features)
-            side, size = ("in", shape[1]) if path in feedforward else ("out", shape[0])
-            sites.append(Site(path, rule, shape, size, f"{side} {size}"))
+            shape = (1, layer.in_features) if path in feedforward else (layer.out_features, 1)  # of l
+            sites.append(Site(path, rule, shape, max(shape), str(max(shape))))
         return Plan(self, tuple(sites), parameter_count(model))
 
     def _feedforward(self, model, targets) -> set[str]:
@@ -91,15 +89,12 @@ class IA3(Method):
         return meant
 
     def inject(self, model, plan, name, seed):
+        feedforward = self._feedforward(model, {site.path for site in plan.sites})
         for site in plan.sites:
             base = get_module(model, site.path)
-            layer = IA3Linear(base, scales_input(site), next(base.parameters()).device)
+            layer = IA3Linear(base, site.path in feedforward, next(base.parameters()).device)
             model.adapters[name].modules[site.path] = layer
             replace_module(model, site.path, layer)
 
     def count(self, plan):
-        return sum(site.shape[1] if scales_input(site) else site.shape[0] for site in plan.sites)
-
-
-def scales_input(site: Site) -> bool:
-    return site.formula.startswith("in ")
+        return sum(max(site.shape) for site in plan.sites)

@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight',   weight' = weight at the start, in fp32;   LayerNorm: + bias'
 
-What trains are copies in fp32, rounded to the base's dtype for computing (selective.py), so the model starts
+What trains are copies in fp32, rounded to the base's dtype for computing (trained.py), so the model starts
 as the base to the bit, and merging is exact.
 Trainable: D for each RMSNorm, 2 D for each LayerNorm.
 Source: Zhao et al. 2023, arXiv:2312.11420.
@@ -13,9 +13,9 @@ from math import prod
 from typing import ClassVar
 
 from minift.methods.base import Method, Plan
-from minift.methods.selective import as_rules, inject_trained, plan_trained
+from minift.methods.trained import inject_trained, plan_trained
 from minift.models.interface import parameter_count
-from minift.models.targets import match
+from minift.models.targets import as_rules, match
 from minift.models.wrappers import bare_modules
 
 

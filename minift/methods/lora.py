@@ -7,24 +7,33 @@ By default A starts Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), and B at zero; 
 zero and its B normal. The wrapped layer starts exactly as the base, whatever `init` says.
 Trainable: r * (in + out) for each layer, and all of `modules_to_save`.
 Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1 and its code (microsoft/LoRA); rsLoRA: Kalajdzievski
-2023, arXiv:2312.03732, definition 3.1; LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 5.
+2023, arXiv:2312.03732, theorem 3.2; LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 5.
 """
 
 from dataclasses import dataclass, field, replace
-from math import inf, prod
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, generator
+from minift.methods.base import (
+    Method,
+    Plan,
+    Site,
+    check_flag,
+    check_number,
+    check_one_of,
+    check_whole,
+    generator,
+)
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead, embedding_shape
 from minift.methods.olora import olora
 from minift.methods.pissa import pissa
-from minift.methods.selective import TIED, as_rules, inject_trained, path_of, plan_trained
+from minift.methods.trained import TIED, inject_trained, plan_trained
 from minift.models.interface import LanguageModel, parameter_count
-from minift.models.targets import fits, match
-from minift.models.wrappers import bare_modules, get_module, innermost, is_base_layer, replace_module
+from minift.models.targets import as_rules, fits, match
+from minift.models.wrappers import bare_modules, get_module, innermost, is_base_layer, path_of, replace_module
 
 
 def kaiming(layer: nn.Module, r: int, scaling: float, random: torch.Generator) -> tuple[torch.Tensor, None]:
@@ -45,9 +54,6 @@ def first_fit(pattern: dict, path: str) -> str | None:
 
 # (layer, r, scaling, random) -> where A and B start; a B of None is zero, any other is taken off again
 INITS = {"kaiming": kaiming, "gaussian": gaussian, "pissa": pissa, "olora": olora}
-TIED_TO = "tied to "  # before the embedding's path: the rule of a head that shares its branch
-
-
 TAKEN_OFF = ("pissa", "olora")  # starts with B different from zero, which a file holds beside A and B
 
 
@@ -88,23 +94,16 @@ class LoRA(Method):
     def __post_init__(self):
         for rules in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             object.__setattr__(self, rules, as_rules(getattr(self, rules)))
-        ranks = {"r": self.r} | {f"rank_pattern {rule}": r for rule, r in self.rank_pattern.items()}
-        for name, r in ranks.items():
-            if type(r) is not int or r < 1:
-                raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
-        positive = {"alpha": self.alpha, "lr_ratio": self.lr_ratio}
-        positive |= {f"alpha_pattern {rule}": alpha for rule, alpha in self.alpha_pattern.items()}
-        for name, value in positive.items():
-            if type(value) not in (int, float) or not 0 < value < inf:
-                raise ValueError(f"{name} is {value!r}; it is a positive and finite number")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}; it is a number of at least 0 and below 1")
-        if type(self.rslora) is not bool:
-            raise ValueError(f"rslora is {self.rslora!r}; it is True or False")
-        for name, known in (("init", self.inits), ("tied", TIED)):
-            if getattr(self, name) not in known:
-                hint = " (loftq quantizes as it starts: method qlora)" * (getattr(self, name) == "loftq")
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}{hint}")
+        for name in ("r", "rank_pattern"):
+            check_whole(self, name, 1)
+        for name in ("alpha", "alpha_pattern", "lr_ratio"):
+            check_number(self, name, above=0)
+        check_number(self, "dropout", below=1)
+        check_flag(self, "rslora")
+        if self.init == "loftq" and "loftq" not in self.inits:
+            raise ValueError("init is 'loftq', which quantizes as it starts; apply method qlora")
+        check_one_of(self, "init", self.inits)
+        check_one_of(self, "tied", TIED)
 
     def scale(self, r: int, alpha: float) -> float:
         return alpha / (r**0.5 if self.rslora else r)
@@ -124,7 +123,8 @@ class LoRA(Method):
         self._check_patterns(rules)
         sites = [self._site(path, rule, modules[path]) for path, rule in rules.items()]
         if one:
-            sites.append(replace(sites[0], path=head, rule=TIED_TO + embed, parameters=0, formula=""))
+            shares = {"rule": f"tied to {embed}", "tied_to": embed}
+            sites.append(replace(sites[0], path=head, parameters=0, formula="", **shares))
         saved = ()
         if self.modules_to_save:
             saved = plan_trained(model, self.modules_to_save, "modules_to_save", self.tied)
@@ -191,8 +191,8 @@ class LoRA(Method):
             if site.r is None:
                 continue
             base = get_module(model, site.path)
-            if site.rule.startswith(TIED_TO):
-                layer = TiedLoRAHead(base, modules[site.rule.removeprefix(TIED_TO)], self.dropout)
+            if site.tied_to:
+                layer = TiedLoRAHead(base, modules[site.tied_to], self.dropout)
             else:
                 layer = self.wrap(base, site, generator(seed, f"{name}:{site.path}"))
             modules[site.path] = layer
@@ -219,7 +219,7 @@ class LoRA(Method):
         return LoRALinear(base, site.r, site.scaling, self.dropout, device)
 
     def count(self, plan):
-        own = [s for s in plan.sites if not s.rule.startswith(TIED_TO)]
+        own = [s for s in plan.sites if not s.tied_to]
         return sum(s.r * sum(s.shape) if s.r else prod(s.shape) for s in own)
 
     def param_groups(self, parameters):

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minift.kernels.lora_linear import lora_linear
 from minift.models.interface import stands_alone
-from minift.models.wrappers import Wrapper, innermost
+from minift.models.wrappers import Wrapper, check_rows, innermost
 from minift.quant.linear import QuantizedLinear
 
 
@@ -55,11 +55,23 @@ class LowRank(torch.autograd.Function):
         return dx, dy, dA, dB, None
 
 
-class LoRALinear(Wrapper):
+class Branch(Wrapper):
+    """A branch that amounts to a change of the weight."""
+
+    additive: ClassVar = True
+
+    def delta(self, dtype=torch.float32) -> torch.Tensor:
+        """The change, of the weight's shape."""
+        raise NotImplementedError
+
+    def fold(self, tensors):
+        return {**tensors, "weight": tensors["weight"] + self.delta(tensors["weight"].dtype)}
+
+
+class LoRALinear(Branch):
     """The branch on a linear layer of any kind, or around another wrapper."""
 
     keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-    additive: ClassVar = True
 
     def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0, device=None):
         super().__init__(base)
@@ -80,7 +92,11 @@ class LoRALinear(Wrapper):
                 y = lora_linear(rows, matrix, A, B, self.scaling)
                 return y.view(*x.shape[:-1], self.out_features)
         y, dropped = self.base(x), F.dropout(x, self.dropout, self.training)
-        return self.where_meant(LowRank.apply(dropped, y, A, B, self.scaling), y)
+        if self.rows is None:
+            return LowRank.apply(dropped, y, A, B, self.scaling)
+        check_rows(self.rows, len(y))
+        meant = self.rows.nonzero().flatten()  # the branch runs on the texts that it is for
+        return y.index_copy(0, meant, LowRank.apply(dropped[meant], y[meant], A, B, self.scaling))
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of the whole delta: with a start that is taken off, [A; A - A0] and [B - B0, B0]."""
@@ -103,18 +119,16 @@ class LoRALinear(Wrapper):
         return self.scaling * (B.to(dtype) @ A.to(dtype))
 
     def state(self):
-        A, B = self.factors()
-        return {self.keys["lora_A"]: A, self.keys["lora_B"]: B}
+        found = super().state()
+        if self.start_A is not None:
+            found[self.keys["lora_A"]], found[self.keys["lora_B"]] = self.factors()
+        return found
 
-    def fold(self, tensors):
-        return {**tensors, "weight": tensors["weight"] + self.delta(tensors["weight"].dtype)}
 
-
-class LoRAEmbedding(Wrapper):
+class LoRAEmbedding(Branch):
     """The branch on an embedding: y = base(i) + scaling * B A[:, i],   A (r, V) from zero, B (D, r)."""
 
     keys: ClassVar = {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"}
-    additive: ClassVar = True
 
     def __init__(self, base: nn.Module, r: int, scaling: float, device=None):
         super().__init__(base)
@@ -134,9 +148,6 @@ class LoRAEmbedding(Wrapper):
     def delta(self, dtype=torch.float32) -> torch.Tensor:
         """scaling * (B A)^T, (V, D)."""
         return self.scaling * (self.lora_embedding_B.to(dtype) @ self.lora_embedding_A.to(dtype)).t()
-
-    def fold(self, tensors):
-        return {**tensors, "weight": tensors["weight"] + self.delta(tensors["weight"].dtype)}
 
 
 class TiedLoRAHead(Wrapper):
@@ -161,7 +172,10 @@ class TiedLoRAHead(Wrapper):
     def state(self):
         """PEFT holds the head's copy of both factors."""
         [e] = self.of
-        return {"lora_A.weight": e.lora_embedding_B.t(), "lora_B.weight": e.lora_embedding_A.t()}
+        return {
+            "lora_A.weight": e.lora_embedding_B.t().clone(),
+            "lora_B.weight": e.lora_embedding_A.t().clone(),
+        }
 
     def fold(self, tensors):
         return self.of[0].fold(tensors)

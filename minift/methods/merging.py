@@ -230,7 +230,9 @@ def _check_state(model, name, original) -> None:
             f"{name!r} is switched off, or works for some rows of a batch; switch it on "
             f"(model.adapters.switch) before it is merged"
         )
-    if original is not None and any(hasattr(part, "loftq_errors") for part in parts):
+    if original is not None and any(
+        hasattr(p, "loftq_errors") or hasattr(p, "makes_up_for_quantization") for p in parts
+    ):
         raise ValueError(
             f"{name!r} started as LoftQ, which makes up for what quantization took; on the original weights "
             "it would do so twice: merge with mode 'dequantized'"

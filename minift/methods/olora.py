@@ -5,7 +5,7 @@
 With s the scaling of LoRA. The layer starts as the base and trains orthonormal directions. The residual is
 not stored: the wrapper takes the frozen start off instead (low_rank.py). W of a quantized layer is its
 dequantized weight.
-Source: Bueyuekakyuez 2024, arXiv:2406.01775, algorithm 1.
+Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
 """
 
 import torch

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, generator
-from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room, check_whole
+from minift.methods.base import Method, Plan, Site, check_one_of, check_whole, generator
+from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room
 from minift.models.interface import parameter_count
 from minift.models.slots import Slot, add_slot
 
@@ -79,8 +79,7 @@ class PTuning(Method):
     def __post_init__(self):
         check_whole(self, "num_virtual_tokens", 1)
         check_whole(self, "encoder_hidden_size", 0)
-        if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder is {self.encoder!r}; it is one of {', '.join(ENCODERS)}")
+        check_one_of(self, "encoder", ENCODERS)
 
     def plan(self, model):
         n, D = self.num_virtual_tokens, model.dims.hidden

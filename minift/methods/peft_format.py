@@ -75,8 +75,8 @@ def to_config(model: LanguageModel, adapter) -> dict:
     return {**common, **WRITE[method.name](model, adapter)}
 
 
-def from_config(config: dict, where, model: LanguageModel) -> Method:
-    """The method that a config means on this model."""
+def from_config(config: dict, where) -> Method:
+    """The method that a config means."""
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.lower() in OWN:
         fields = {name: value for name, value in config.items() if name not in INERT}
@@ -95,7 +95,7 @@ def from_config(config: dict, where, model: LanguageModel) -> Method:
                 f"{where}: {name} = {value!r} is not supported, and leaving it out could change the result"
             )
     try:
-        return read(config, where, model)
+        return read(config, where)
     except TypeError as error:
         raise ValueError(f"{where}: a field has a type that it cannot have: {error}") from None
 
@@ -104,7 +104,8 @@ def _write_ia3(model, adapter) -> dict:
     paths = {path: part.feedforward for path, part in adapter.modules.items()}
     targets, layers = peft_targets(model, list(paths))
     inner = [path for path, feedforward in paths.items() if feedforward]
-    if layers is not None:
+    mixed = any(len({paths[p] for p in paths if fits(p, target)}) > 1 for target in targets)
+    if layers is not None or mixed:
         targets = sorted(paths)
     return {
         "peft_type": "IA3",
@@ -114,7 +115,7 @@ def _write_ia3(model, adapter) -> dict:
     }
 
 
-def _read_ia3(config, where, model) -> Method:
+def _read_ia3(config, where) -> Method:
     for name in ("target_modules", "feedforward_modules"):
         if isinstance(config.get(name), str):
             raise ValueError(
@@ -130,7 +131,7 @@ def _write_ln(model, adapter) -> dict:
     return {"peft_type": "LN_TUNING", "target_modules": shortest(model, list(adapter.modules))}
 
 
-def _read_ln(config, where, model) -> Method:
+def _read_ln(config, where) -> Method:
     return METHODS["ln_tuning"](target_modules=tuple(listed(config.get("target_modules"))))
 
 
@@ -156,7 +157,7 @@ def _virtual(kind):
 def _read_virtual(name):
     """The tokens themselves; an encoder, where there is one, is in a file of ours (files.py)."""
 
-    def read(config, where, model) -> Method:
+    def read(config, where) -> Method:
         if config.get("num_transformer_submodules") not in (None, 1):
             raise ValueError(
                 f"{where}: num_transformer_submodules = {config['num_transformer_submodules']!r} is not "

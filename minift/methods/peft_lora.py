@@ -67,7 +67,7 @@ LORA_FIELDS = {
 }
 
 
-def read_lora(config, where, model) -> Method:
+def read_lora(config, where) -> Method:
     init = config.get("init_lora_weights")
     if not isinstance(init, str | bool | None) or str(init).lower().startswith(RESIDUAL_INITS):
         raise ValueError(
@@ -83,7 +83,6 @@ def read_lora(config, where, model) -> Method:
         rslora=config.get("use_rslora") or False,
         rank_pattern=_pattern(config, "rank_pattern", where),
         alpha_pattern=_pattern(config, "alpha_pattern", where),
-        tied="both" if config.get("ensure_weight_tying") else "untie",
         **_low_rank_fields(config, where),
     )
 
@@ -101,6 +100,7 @@ def _low_rank_fields(config, where) -> dict:
         "exclude_modules": tuple(excluded),
         "layers_to_transform": tuple(map(str, listed(config.get("layers_to_transform")))),
         "modules_to_save": tuple(listed(config.get("modules_to_save"))),
+        "tied": "both" if config.get("ensure_weight_tying") else "untie",
     }
 
 
@@ -130,6 +130,7 @@ def write_adalora(model, adapter) -> dict:
         "beta1": method.beta1,
         "beta2": method.beta2,
         "orth_reg_weight": method.orth_reg_weight,
+        "ensure_weight_tying": any(not site.parameters for site in adapter.plan.sites),
         "total_step": method.tinit + method.tfinal + 1,  # PEFT wants one; it says nothing about the forward
         "rank_pattern": None,  # all r triplets are in the file, the pruned ones with lambda zero
         "bias": "none",
@@ -139,11 +140,11 @@ def write_adalora(model, adapter) -> dict:
 ADALORA_FIELDS = {
     *("init_r", "r", "target_r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),
     *("layers_to_transform", "modules_to_save", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
-    *("orth_reg_weight", "total_step", "rank_pattern", "init_lora_weights"),
+    *("ensure_weight_tying", "orth_reg_weight", "total_step", "rank_pattern", "init_lora_weights"),
 }
 
 
-def read_adalora(config, where, model) -> Method:
+def read_adalora(config, where) -> Method:
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias = {config['bias']!r} is not supported; supported: 'none'")
     named = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")

@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, generator
+from minift.methods.base import Method, Plan, Site, check_flag, check_whole, generator
 from minift.methods.p_tuning import linear_site, start_
-from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room, check_whole
+from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room
 from minift.models.interface import Dims, parameter_count
 from minift.models.slots import Slot, add_slot
 
@@ -62,7 +62,7 @@ class Prefix(Slot):
 @dataclass(frozen=True)
 class PrefixTuning(Method):
     name: ClassVar[str] = "prefix_tuning"
-    law: ClassVar[str] = "n L 2 KV hd"
+    law: ClassVar[str] = "n L 2 KV hd, and the projection"
     identity_at_init: ClassVar[str] = "none"
     unmergeable: ClassVar[str] = UNMERGEABLE
 
@@ -76,8 +76,7 @@ class PrefixTuning(Method):
     def __post_init__(self):
         check_whole(self, "num_virtual_tokens", 1)
         check_whole(self, "encoder_hidden_size", 0)
-        if not isinstance(self.prefix_projection, bool):
-            raise ValueError(f"prefix_projection is {self.prefix_projection!r}; it is a bool")
+        check_flag(self, "prefix_projection")
         if self.encoder_hidden_size and not self.prefix_projection:
             raise ValueError(
                 f"encoder_hidden_size is {self.encoder_hidden_size} and prefix_projection is false; set it "

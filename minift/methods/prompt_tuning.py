@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, generator
+from minift.methods.base import Method, Plan, Site, check_one_of, check_whole, generator
 from minift.models.interface import LanguageModel, parameter_count
 from minift.models.slots import Slot, add_slot
 
@@ -53,8 +53,7 @@ class PromptTuning(Method):
 
     def __post_init__(self):
         check_whole(self, "num_virtual_tokens", 1)
-        if self.init not in INITS:
-            raise ValueError(f"init is {self.init!r}; it is one of {', '.join(INITS)}")
+        check_one_of(self, "init", INITS)
         given = "init_text" if self.init_text else "init_ids"
         if self.init != "text" and (self.init_text or self.init_ids):
             raise ValueError(
@@ -108,12 +107,6 @@ class PromptTuning(Method):
     def count(self, plan):
         n, D = plan.sites[0].shape
         return n * D
-
-
-def check_whole(method: Method, field: str, least: int) -> None:
-    value = getattr(method, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{field} is {value!r}; it is a whole number of at least {least}")
 
 
 def check_room(model: LanguageModel, n: int) -> None:

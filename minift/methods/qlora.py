@@ -18,6 +18,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from minift.methods.base import check_whole
 from minift.methods.loftq import start_loftq
 from minift.methods.lora import INITS, LoRA, kaiming
 from minift.models.interface import is_quantized
@@ -48,10 +49,7 @@ class QLoRA(LoRA):
     def __post_init__(self):
         super().__post_init__()
         Quantization(self.format, self.block_size, self.double_quant)  # checks them
-        if type(self.loftq_iterations) is not int or self.loftq_iterations < 1:
-            raise ValueError(
-                f"loftq_iterations is {self.loftq_iterations!r}; it is a whole number of at least 1"
-            )
+        check_whole(self, "loftq_iterations", 1)
         if self.loftq_iterations > 1 and self.init != "loftq":
             raise ValueError(
                 f"loftq_iterations is {self.loftq_iterations} and init {self.init!r}; say init='loftq', or "

@@ -15,9 +15,9 @@ import torch
 
 from minift.methods.base import Plan, Site, aligned, generator
 from minift.methods.factors import Factors, alpha_for, check_finite, cut, factors_of, put, svd, with_ranks
-from minift.methods.lora import TIED_TO, LoRA, first_fit
+from minift.methods.lora import LoRA, first_fit
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead
-from minift.methods.selective import Trained
+from minift.methods.trained import Trained
 from minift.models.adapters import Adapter
 from minift.models.interface import LanguageModel
 from minift.models.targets import fits, nearest
@@ -162,12 +162,11 @@ def _wanted(old: dict[str, Factors], r) -> dict[str, int]:
 
 def _site(site: Site, method: LoRA, new: dict[str, Factors]) -> Site:
     """A row of the plan at its new rank."""
-    tied = site.rule.startswith(TIED_TO)
-    path = site.rule.removeprefix(TIED_TO) if tied else site.path
+    path = site.tied_to or site.path
     if site.r is None or path not in new:
         return site
     factors = new[path]
-    parameters, formula = (0, "") if tied else method.cost(factors.r, *factors.shape)
+    parameters, formula = (0, "") if site.tied_to else method.cost(factors.r, *factors.shape)
     scaling = method.scale(factors.r, alpha_for(method, factors))
     return replace(site, r=factors.r, scaling=scaling, parameters=parameters, formula=formula)
 

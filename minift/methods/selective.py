@@ -2,153 +2,21 @@
 
     y = base(x; theta'),   theta' = theta at the start, in fp32
 
-The head alone, the last k blocks and the head, or any modules that rules mean. What trains is a copy in fp32,
-rounded to the base's dtype for computing, so that the base keeps its bits and the adapter can be switched
-off.
-Trainable: the sizes of those parameters, a tied weight once. BitFit, LayerNorm tuning and LoRA's
-`modules_to_save` are made of the same parts.
+The head alone, the last k blocks and the head, or any modules that rules mean. What trains are copies in
+fp32, rounded to the base's dtype for computing (trained.py).
+Trainable: the sizes of those parameters, a tied weight once.
 Source of the last blocks: Lee, Tang and Lin 2019, arXiv:1911.03090.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-import torch
-from torch import nn
-from torch.func import functional_call
-
-from minift.methods.base import Method, Plan, Site
-from minift.models.interface import LanguageModel, parameter_count
-from minift.models.targets import match
-from minift.models.wrappers import Wrapper, bare_modules, get_module, innermost, replace_module
-
-TIED = ("refuse", "both", "untie")
-
-
-class Trained(Wrapper):
-    """A module computed with its own copy of some parameters, or with a parameter of another wrapper."""
-
-    def __init__(
-        self, base: nn.Module, names: list[str], prefix: str = "", shared: dict | None = None, stands_for=0
-    ):
-        super().__init__(base)
-        self.names, self.stands_for, shared = names, stands_for, shared or {}
-        self.keys = {name: f"{prefix}{name}" for name in names}
-        self.copied = {self.keys[name] for name in shared}
-        for name in names:
-            start = getattr(base, name).detach()
-            own = shared[name] if name in shared else nn.Parameter(start.to(torch.float32, copy=True))
-            self.register_parameter(name, own)
-
-    def forward(self, *arguments):
-        if not self.active:
-            return self.base(*arguments)
-        own = {name: getattr(self, name).to(getattr(self.base, name).dtype) for name in self.names}
-        adapted = functional_call(self.base, own, arguments)
-        return adapted if self.rows is None else self.where_meant(adapted, self.base(*arguments))
-
-    def state(self):
-        """Copies of what is shared: a file holds every key's own tensor."""
-        return {k: t.clone() if k in self.copied else t for k, t in super().state().items()}
-
-    def replaced(self):
-        return self.stands_for
-
-    def fold(self, tensors):
-        return {name: getattr(self, name).to(t) if name in self.names else t for name, t in tensors.items()}
-
-
-def plan_trained(
-    model: LanguageModel, rules, field: str, tied: str = "refuse", layers=(), only: tuple[str, ...] = ()
-) -> tuple[Site, ...]:
-    """A site for each parameter under the modules that rules mean; `only` keeps those of that last name."""
-    modules = bare_modules(model)
-    rules = match(
-        model, rules, layers=layers, fields=(field, "exclude_modules"), among=modules, what="module"
-    )
-    head, embed = path_of(model, model.head), path_of(model, model.embed)
-    sites, alive = {}, set()
-    for root, rule in rules.items():
-        for path, module in modules.items():
-            if path != root and not path.startswith(root + "."):
-                continue
-            for name, parameter in innermost(module)._parameters.items():
-                if parameter is None or (only and name not in only):
-                    continue
-                alive.add(rule)
-                if f"{path}.{name}" in sites:
-                    continue
-                _check_trainable(path, module, parameter, field)
-                shape, size = tuple(parameter.shape), parameter.numel()
-                formula = " x ".join(map(str, shape))
-                sites[f"{path}.{name}"] = Site(f"{path}.{name}", rule, shape, size, formula, replaces=True)
-    dead = [rule for rule in dict.fromkeys(rules.values()) if rule not in alive]
-    if dead:
-        raise ValueError(f"{field} {dead} mean modules without {' or '.join(only) or 'parameters'}")
-    if model.tied and sites.keys() & {f"{head}.weight", f"{embed}.weight"}:
-        if tied == "both":
-            for path in (embed, head):
-                _check_trainable(path, modules[path], model.embed_weight, field)
-        return _with_tie(list(sites.values()), f"{head}.weight", f"{embed}.weight", tied)
-    return tuple(sites.values())
-
-
-def _check_trainable(path, module, parameter, field):
-    if isinstance(module, Wrapper):
-        raise ValueError(
-            f"{field} means {path}, which carries an adapter ({type(module).__name__}); merge or remove "
-            "that first"
-        )
-    if not parameter.is_floating_point():
-        raise ValueError(
-            f"{field} means {path}, whose {module.layout.format.name} codes have no gradient; leave it "
-            "out, or load the model without quantization"
-        )
-
-
-def _with_tie(sites, head: str, embed: str, tied: str) -> tuple[Site, ...]:
-    """What training the head or the embedding means where they are one weight."""
-    means = {site.path: site for site in sites if site.path in (head, embed)}
-    rest = [site for site in sites if site.path not in means]
-    if tied == "refuse":
-        raise ValueError(
-            f"{head} and {embed} are one weight (tied); say tied='both' to train both as one, or "
-            "tied='untie' to give the one that is named its own"
-        )
-    if tied == "untie":  # one of two weights stands for the shared one, any other is added
-        own = [means[name] for name in (embed, head) if name in means]
-        return (*rest, *own[:-1], replace(own[-1], replaces=False))
-    first = next(iter(means.values()))
-    tied_to = "tied to " + embed.removesuffix(".weight")
-    return (replace(first, path=embed), Site(head, tied_to, first.shape, 0, replaces=True), *rest)
-
-
-def inject_trained(model: LanguageModel, sites, name: str, prefix: str = "") -> None:
-    """Put a Trained wrapper around each module that sites name parameters of."""
-    groups = {}
-    for site in sites:
-        groups.setdefault(site.path.rpartition(".")[0], []).append(site)
-    modules = model.adapters[name].modules
-    for path, own in groups.items():
-        names = [site.path.rpartition(".")[2] for site in own]
-        shared = {
-            parameter: getattr(modules[site.rule.removeprefix("tied to ")], parameter)
-            for parameter, site in zip(names, own, strict=True)
-            if not site.parameters
-        }
-        stands_for = sum(site.parameters for site in own if site.replaces)
-        modules[path] = Trained(get_module(model, path), names, prefix, shared, stands_for)
-        replace_module(model, path, modules[path])
-
-
-def path_of(model: LanguageModel, wanted: nn.Module) -> str:
-    return next(path for path, module in bare_modules(model).items() if module is wanted)
-
-
-def as_rules(value) -> tuple[str, ...]:
-    """One rule or a list of them, as a config may give them."""
-    return tuple(map(str, (value,) if isinstance(value, str | int) else value))
+from minift.methods.base import Method, Plan, check_flag, check_one_of, check_whole
+from minift.methods.trained import TIED, inject_trained, plan_trained
+from minift.models.interface import parameter_count
+from minift.models.targets import as_rules
+from minift.models.wrappers import path_of
 
 
 @dataclass(frozen=True)
@@ -167,16 +35,9 @@ class Selective(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "modules", as_rules(self.modules))
-        if (
-            isinstance(self.last_blocks, bool)
-            or not isinstance(self.last_blocks, int)
-            or self.last_blocks < 0
-        ):
-            raise ValueError(f"last_blocks is {self.last_blocks!r}; it is a whole number of at least 0")
-        if not isinstance(self.head, bool):
-            raise ValueError(f"head is {self.head!r}; it is a bool")
-        if self.tied not in TIED:
-            raise ValueError(f"tied is {self.tied!r}; it is one of {', '.join(TIED)}")
+        check_whole(self, "last_blocks", 0)
+        check_flag(self, "head")
+        check_one_of(self, "tied", TIED)
         if not (self.modules or self.last_blocks or self.head):
             raise ValueError("head is false and modules and last_blocks are empty: nothing would train")
 
@@ -193,4 +54,4 @@ class Selective(Method):
         inject_trained(model, plan.sites, name)
 
     def count(self, plan):
-        return sum(prod(site.shape) for site in plan.sites if not site.rule.startswith("tied to "))
+        return sum(prod(site.shape) for site in plan.sites if not site.tied_to)

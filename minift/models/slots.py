@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from minift.models.wrappers import check_rows
+
 
 class Slot(nn.Module):
     """Virtual tokens of one adapter: embeddings for the input (`prompt`) or keys and values (`prefix_kv`)."""
@@ -158,6 +160,5 @@ def _join(parts, B: int, dtype) -> tuple[torch.Tensor, ...]:
 def _mask(slot: Slot, B: int, device) -> torch.Tensor:
     """(B, P): the texts that see these virtual tokens."""
     rows = torch.ones(B, dtype=torch.bool, device=device) if slot.rows is None else slot.rows
-    if len(rows) != B:
-        raise ValueError(f"adapters were chosen for {len(rows)} texts, and the batch holds {B}")
+    check_rows(rows, B)
     return rows[:, None].expand(B, slot.num_virtual_tokens)

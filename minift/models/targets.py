@@ -14,6 +14,11 @@ from minift.models.wrappers import base_layers, get_module
 ALL_LINEAR = "all-linear"
 
 
+def as_rules(value) -> tuple[str, ...]:
+    """One rule or a list of them, as a config may give them."""
+    return tuple(map(str, (value,) if isinstance(value, str | int) else value))
+
+
 def fits(path: str, rule: str) -> bool:
     if any(c in rule for c in "*?["):
         return fnmatchcase(path, rule)

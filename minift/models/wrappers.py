@@ -48,9 +48,13 @@ class Wrapper(nn.Module):
         raise NotImplementedError
 
 
+def check_rows(rows: torch.Tensor, B: int) -> None:
+    if len(rows) != B:
+        raise ValueError(f"adapters were chosen for {len(rows)} texts, and the batch holds {B}")
+
+
 def pick_rows(rows: torch.Tensor, adapted: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    if len(rows) != len(adapted):
-        raise ValueError(f"adapters were chosen for {len(rows)} texts, and the batch holds {len(adapted)}")
+    check_rows(rows, len(adapted))
     return torch.where(rows.view(-1, *[1] * (adapted.ndim - 1)), adapted, plain)
 
 
@@ -106,6 +110,11 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     for part in path.split("."):
         model = getattr(innermost(model), part)
     return model
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The path of an outermost module of the bare model."""
+    return next(path for path, module in bare_modules(model).items() if module is wanted)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -20,11 +20,12 @@ def merge(
     mode: str = "dequantized",
     dtype: str = "bfloat16",
     text: str = "",
+    check_base: bool = True,
 ) -> dict[str, float]:
     """Load, merge, print the errors, save to `output`; `mode` as in `minift.merge`."""
     folder = fresh_folder(output)
     model, tokenizer = load_model(source, dtype, quantize=quantize), load_tokenizer(source)
-    load_adapter(model, adapter)
+    load_adapter(model, adapter, check_base=check_base)
     _check_storable(model, mode)
     original = load_model(source, dtype) if mode == "original" else None
     tokens = min(PROBE, model.config.max_position_embeddings)

@@ -18,9 +18,11 @@ import torch
 from minift.load import fresh_folder
 from minift.methods.base import aligned
 from minift.methods.factors import Factors, alpha_for, check_finite, svd, with_ranks
-from minift.methods.files import CONFIG, PREFIX, WEIGHTS
+from minift.methods.files import CONFIG, WEIGHTS
+from minift.methods.fingerprint import fact
 from minift.methods.lora import LoRA, first_fit
 from minift.methods.peft_format import from_config
+from minift.methods.peft_keys import PREFIX
 from minift.methods.rank import advised, edited
 from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
 
@@ -88,7 +90,7 @@ def shown(stored: Stored) -> str:
 def read(folder: Path) -> Stored:
     """A LoRA adapter from its folder; anything that does not fit is an error that names it."""
     config = read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS)
-    method = from_config(config, folder / CONFIG, None)
+    method = from_config(config, folder / CONFIG)
     if type(method) is not LoRA:
         raise ValueError(f"{folder} holds a {method.name} adapter; minift rank edits lora")
     with ExitStack() as files:
@@ -112,7 +114,8 @@ def read(folder: Path) -> Stored:
     check_finite(factors)
     ledger = _ledger(facts, folder / WEIGHTS)
     for path, f in factors.items():
-        if abs(ledger.get(path, f.scaling) - f.scaling) > 1e-12 * f.scaling:  # of products in fp64
+        # products in fp64, each rounded once
+        if not abs(ledger.get(path, f.scaling) - f.scaling) <= 1e-12 * f.scaling:
             raise ValueError(
                 f"{folder}: {CONFIG} says scaling {f.scaling!r} for {path}, {WEIGHTS} {ledger[path]!r}; the "
                 "two files belong to different adapters"
@@ -153,7 +156,7 @@ def _branch(key: str, method: LoRA, where: Path) -> tuple[str, str | None]:
 def _factors(path: str, found: dict[str, torch.Tensor], method: LoRA, folder: Path) -> Factors:
     """The two factors of a path, checked against the config."""
     pairs = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
-    if tuple(sorted(found)) not in pairs or any(tensor.ndim != 2 for tensor in found.values()):
+    if tuple(sorted(found)) not in pairs or any(t.ndim != 2 or not t.numel() for t in found.values()):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(found.items()))
         raise ValueError(f"{folder / WEIGHTS} holds {shapes} of {path}, which is no pair of matrices")
     A, B = (found[name] for name in sorted(found))
@@ -170,8 +173,8 @@ def _factors(path: str, found: dict[str, torch.Tensor], method: LoRA, folder: Pa
 
 def _ledger(facts: dict[str, str], where: Path) -> dict[str, float]:
     """Path -> scaling, where the file says it."""
-    ledger = json.loads(facts.get("minift.scaling", "{}"))
-    if not isinstance(ledger, dict) or any(type(s) not in (int, float) for s in ledger.values()):
+    ledger = fact(facts, "minift.scaling", where)
+    if any(type(s) not in (int, float) for s in ledger.values()):
         raise ValueError(f"{where}: minift.scaling in the metadata is no table of scalings")
     return ledger
 
@@ -194,11 +197,7 @@ def write(stored: Stored, new: dict[str, Factors], target: Path) -> None:
                 f"{PREFIX}{head}.lora_A.weight": f.A.clone(),
                 f"{PREFIX}{head}.lora_B.weight": f.B.clone(),
             }
-    fields = {"r": method.r, "alpha": method.alpha, "rslora": method.rslora, "init": method.init}
-    fields |= {"rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
     facts = {"format": "pt", **stored.facts, "minift.scaling": json.dumps(ledger)}
-    if "minift.method" in facts:
-        facts["minift.method"] = json.dumps(json.loads(facts["minift.method"]) | fields, sort_keys=True)
     config = {**stored.config, "r": method.r, "lora_alpha": method.alpha, "init_lora_weights": True}
     config |= {"rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -235,4 +234,6 @@ def parse_ranks(words: list[str] | None) -> int | dict[str, int] | None:
     whole = len(words) == 1 and words[0].isdecimal()
     if not whole and not all(rule and rank.isdecimal() for rule, _, rank in pairs):
         raise ValueError(f"--r {' '.join(words)} is neither one rank, as 4, nor ranks by rule, as q_proj=4")
+    if len({rule for rule, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"--r {' '.join(words)} names a rule twice; leave one out")
     return int(words[0]) if whole else {rule: int(rank) for rule, _, rank in pairs}

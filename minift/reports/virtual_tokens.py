@@ -48,6 +48,8 @@ def nearest_tokens(model, tokenizer, name: str = "default", k: int = 5) -> Neare
     prompt, E = _prompt(model, name), model.embed_weight  # (P, D), (V, D)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(E):
         raise ValueError(f"k is {k!r}; it is a number of tokens from 1 to {len(E)}, the vocabulary")
+    if not torch.isfinite(prompt).all():
+        raise ValueError(f"the prompt embeddings of {name!r} are not finite; train the adapter again")
     directions = F.normalize(prompt.float(), dim=1)
     cosines = torch.cat([directions @ F.normalize(e.float(), dim=1).t() for e in E.split(ROWS)], 1)  # (P, V)
     found = cosines.topk(k, dim=1)

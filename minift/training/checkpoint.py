@@ -38,6 +38,9 @@ def save_checkpoint(
             if moment in optimizer.state.get(parameter, {}):
                 tensors[f"{moment}:{name}"] = optimizer.state[parameter][moment]
     tensors |= {f"buffer:{name}": buffer for name, buffer in buffers.items()}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{bad[0]} is not finite after {step} steps; no checkpoint was written")
     work = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=output))
     try:
         write_safetensors(work / "state.safetensors", tensors, {"format": "pt"})

@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+from minift.methods.base import training_adapter
 from minift.methods.files import save_adapter
 from minift.models.interface import LanguageModel
 from minift.models.weights import write_folder, write_text
@@ -59,7 +60,7 @@ def open_output(output: Path, overwrite: bool, resume: bool) -> Path:
 
 def save_trained(model: LanguageModel, output: Path, template: str) -> None:
     """The adapter, or the whole model where everything trained."""
-    name = list(model.adapters)[-1]
+    name = training_adapter(model)
     if model.adapters[name].method.adapter_file:
         save_adapter(model, output, name, template)
     else:

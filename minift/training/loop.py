@@ -17,7 +17,7 @@ import torch
 from minift.data.collate import collate, epoch_order, micro_batches
 from minift.data.tokenizer import Tokenizer
 from minift.memory import peak_memory_mib, release_free_memory
-from minift.methods.base import Method, buffers, trainable
+from minift.methods.base import Method, buffers, trainable, training_adapter
 from minift.methods.fingerprint import NO_TEMPLATE
 from minift.metrics.language_model import perplexity
 from minift.models.interface import LanguageModel
@@ -78,8 +78,7 @@ def train(
 
 
 def _prepare(model, tokenizer, examples, held_out, config, output, key) -> "Run":
-    """The run of the adapter that was applied last: the one that trains."""
-    name, parameters = list(model.adapters)[-1], trainable(model)
+    name, parameters = training_adapter(model), trainable(model)
     method = model.adapters[name].method
     model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = torch.optim.AdamW(
@@ -217,7 +216,10 @@ class Run:
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
         kept = save_checkpoint(self.output, finished, self.parameters, self.optimizer, self.key, self.buffers)
-        save_trained(self.objective.model, self.output, self.template)
+        try:
+            save_trained(self.objective.model, self.output, self.template)
+        except ValueError as error:
+            return f"{reason}; {finished} of {self.total} steps were done, and {error}"
         return (
             f"{reason}; {finished} of {self.total} steps are saved: the adapter in {self.output}, and "
             f"{kept.name} to go on from with --resume"
@@ -230,7 +232,7 @@ def _begin(run: Run, recorded: dict, resume: bool) -> int:
     if resume:
         first = load_checkpoint(checkpoints(output)[-1], run.parameters, run.optimizer, run.key, run.buffers)
         keep_until(output / "log.jsonl", first)
-    plan = list(run.objective.model.adapters.values())[-1].plan
+    plan = run.objective.model.adapters[run.name].plan
     write_text(output / "config.json", json.dumps(recorded, indent=2) + "\n")
     write_text(output / "plan.txt", f"{plan.table()}\n{plan.totals()}\n")
     return first

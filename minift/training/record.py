@@ -5,13 +5,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from minift.methods.fingerprint import fingerprint
+from minift.methods.base import training_adapter
+from minift.methods.fingerprint import adapters_beneath, fingerprint
 from minift.models.interface import LanguageModel
 
 
 def describe_run(model, data, valid, config) -> dict:
     """The resolved configuration, in the form that `minift train` reads."""
-    method = list(model.adapters.values())[-1].method
+    method = model.adapters[training_adapter(model)].method
     paths = {
         name: str(value)
         for name, value in (("data", data), ("valid", valid))
@@ -41,11 +42,14 @@ def resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:
     free = ("output", "log_every", "save_every", "eval_every")  # they do not touch the trained numbers
     train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
     method = {f"method.{name}": value for name, value in recorded["method"].items()}
-    digest = hashlib.sha256(json.dumps([e.ids for e in examples]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([(e.ids, e.prompt_length) for e in examples]).encode()).hexdigest()
     return {
         "model": recorded["model"],
         "dtype": recorded["dtype"],
-        "base_sha256": fingerprint(model) if list(model.adapters.values())[-1].method.adapter_file else None,
+        "base_sha256": fingerprint(model)
+        if model.adapters[training_adapter(model)].method.adapter_file
+        else None,
+        "beneath": adapters_beneath(model, training_adapter(model)),
         "tokens_sha256": digest,
         **method,
         **train,

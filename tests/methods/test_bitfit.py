@@ -17,7 +17,7 @@ import minift
 from minift.methods import bitfit
 from minift.methods.base import trainable
 from minift.methods.bitfit import BitFit
-from minift.methods.selective import Trained
+from minift.methods.trained import Trained
 from minift.models.interface import dense_weight, parameter_count
 
 LENGTHS = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 48, "up_proj": 48}

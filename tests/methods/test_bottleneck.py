@@ -106,7 +106,7 @@ def test_outputs_gradients_counts_and_starts_are_those_of_the_papers():
         ('"gelu": F.gelu', '"gelu": F.silu'),
         ('("attn_out", "ffn_out")', '("ffn_out",)'),
         ('"parallel": ("ffn",)', '"parallel": ("ffn_out",)'),
-        ("2 * site.shape[0] * site.r + site.r", "2 * site.shape[0] * site.r"),
+        ("sum(2 * D * m + m + D", "sum(2 * D * m + D"),
         ("if std == 0:", "if std >= 0:"),
         ("-2 * std, 2 * std, random", "-9 * std, 3 * std, random"),
         ("for weight in (self.down, self.up)", "for weight in (self.down,)"),
@@ -244,7 +244,8 @@ def test_the_paper_s_example_768_to_64_to_768():
     plan = minift.apply(shapes, Bottleneck(bottleneck_dim=64, placement="houlsby"))
     assert {site.parameters for site in plan.sites} == {2 * 49_152 + 64 + 768}
     assert plan.trainable == 2 * 2 * 99_136 == sum(p.numel() for p in trainable(shapes).values())
-    assert plan.sites[0].formula == "2 x 768 x 64 + 64 + 768"
+    assert plan.sites[0].formula == "2 x 768 x 64 + 64 + 768" and plan.sites[0].shape == (768, 64)
+    assert {site.r for site in plan.sites} == {None}  # the width is no rank
     assert all(p.is_meta for p in trainable(shapes).values())
 
 
@@ -267,10 +268,10 @@ def test_chosen_blocks_the_meta_device_and_the_start_of_each_path():
         ({"bottleneck_dim": 0}, "bottleneck_dim is 0; it is a whole number of at least 1"),
         ({"activation": "swish"}, "activation is 'swish'; it is one of relu, gelu, tanh"),
         ({"placement": "after"}, "placement is 'after'; it is one of houlsby, pfeiffer, parallel"),
-        ({"scaling": 0}, "scaling is 0; it must be a finite number, positive"),
+        ({"scaling": 0}, "scaling is 0; it is a finite number above 0"),
         ({"scaling": float("nan")}, "scaling is nan"),
         ({"scaling": "4"}, "scaling is '4'"),
-        ({"init_std": -0.01}, "init_std is -0.01; it must be a finite number, at least 0"),
+        ({"init_std": -0.01}, "init_std is -0.01; it is a finite number of at least 0"),
         ({"layers_to_transform": "2"}, "layers_to_transform '2' is outside the blocks 0-1"),
     ],
 )

@@ -141,7 +141,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_definition():
         ("LowRank.apply(dropped, plain", "LowRank.apply(x, plain"),
         (" / norm)[:, None] * V", ")[:, None] * V"),
         ("dtype=wide).square()", "dtype=wide)"),
-        ("{**super().state(), self", "{**super().state()} or {self"),
+        ('"magnitude": "lora_magnitude_vector"', '"magnitude": "lora_magnitude"'),
     ],
 )
 def test_mutants_are_noticed(old, new):

@@ -14,7 +14,7 @@ from torch.func import functional_call
 import minift
 from minift.methods import ln_tuning
 from minift.methods.ln_tuning import LNTuning
-from minift.methods.selective import Trained
+from minift.methods.trained import Trained
 from minift.models.interface import parameter_count
 from minift.models.layers import RMSNorm
 from minift.models.wrappers import bare_modules, replace_module

@@ -245,7 +245,10 @@ def test_a_quantized_base_is_refused_with_the_fix():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: minift.LoRA(init="loftq"), "init is 'loftq'; it is one of kaiming, .* method qlora"),
+        (
+            lambda: minift.LoRA(init="loftq"),
+            "init is 'loftq', which quantizes as it starts; apply method qlora",
+        ),
         (
             lambda: minift.QLoRA(init="zeros"),
             "init is 'zeros'; it is one of kaiming, gaussian, pissa, olora, loftq$",

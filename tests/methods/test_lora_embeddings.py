@@ -14,7 +14,7 @@ from minift.methods import low_rank
 from minift.methods.base import Site, trainable
 from minift.methods.lora import LoRA
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear
-from minift.methods.selective import Trained
+from minift.methods.trained import Trained
 
 IDS = torch.arange(24).view(2, 12) % 97
 HEAD, EMBED = "lm_head", "model.embed_tokens"

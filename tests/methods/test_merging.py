@@ -105,6 +105,11 @@ def check(module):
         assert error > 0
     with pytest.raises(ValueError, match="no merged adapter 'a' is kept"):
         module.unmerge(model, "a")
+    check_ties(module)
+
+
+def check_ties(module):
+    """What is merged into the ends of a tied model, and its undoing."""
     tied = tiny_llama(torch.float32, tie_word_embeddings=True)
     for how in ("both", "untie"):
         model = copy.deepcopy(tied)

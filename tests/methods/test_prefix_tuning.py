@@ -219,7 +219,7 @@ def test_other_adapters_merge_beside_it():
     "fields, message",
     [
         ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0; it is a whole number of at least 1"),
-        ({"prefix_projection": 1}, "prefix_projection is 1; it is a bool"),
+        ({"prefix_projection": 1}, "prefix_projection is 1; it is True or False"),
         ({"encoder_hidden_size": 64}, "encoder_hidden_size is 64 and prefix_projection is false"),
         ({"encoder_hidden_size": -1}, "encoder_hidden_size is -1"),
         ({"num_virtual_tokens": 64}, "num_virtual_tokens is 64, and the model's context is 64"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import minift
-from minift.methods import selective
+from minift.methods import selective, trained
 from minift.methods.base import trainable
 from minift.methods.selective import Selective
 from minift.models.interface import parameter_count
@@ -62,8 +62,17 @@ def check(module, cases=CASES):
         assert model.tied == model.config.tie_word_embeddings == tied
 
 
+def check_parts(module):
+    """`check`, with the parts of another copy of trained.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plan_trained", "inject_trained"):
+            patch.setattr(selective, name, getattr(module, name))
+        check(selective)
+
+
 def test_outputs_gradients_counts_and_merges_are_those_of_the_dense_model():
     check(selective)
+    check_parts(trained)
 
 
 def test_two_untied_ends_merge_into_two_weights():
@@ -83,13 +92,24 @@ def test_two_untied_ends_merge_into_two_weights():
         ("adapted if self.rows is None else", "adapted if True else"),
         (".to(t) if name in self.names else t", ".to(t) * (1 + 2**-40) if name in self.names else t"),
         ("if name in self.names else t for", "if name not in self.names else t for"),
-        (' for site in plan.sites if not site.rule.startswith("tied to "))', " for site in plan.sites)"),
         ("for site in own if site.replaces)", "for site in own)"),
         ("replace(own[-1], replaces=False)", "own[-1]"),
-        ("range(blocks - self.last_blocks, blocks)", "range(self.last_blocks)"),
         ("shared[name] if name in shared else nn", "nn"),
         ("(*rest, *own[:-1], ", "(*rest, "),
         ('path != root and not path.startswith(root + ".")', "path != root"),
+        ("if site.tied_to\n", "if False\n"),
+    ],
+)
+def test_mutants_of_the_parts_are_noticed(old, new):
+    assert not survives(check_parts, trained, old, new)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (" for site in plan.sites if not site.tied_to)", " for site in plan.sites)"),
+        ("range(blocks - self.last_blocks, blocks)", "range(self.last_blocks)"),
+        ("if self.head else []", "if not self.head else []"),
     ],
 )
 def test_mutants_are_noticed(old, new):
@@ -124,7 +144,7 @@ def test_starts_as_the_base_keeps_its_bits_and_merges_exactly(base, fields, conf
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_within_the_bound_of_fp64(dtype):
     """dW = dy^T x over n rows: 2 gamma_n |dy|^T |x| in fp32, and one rounding u to the base's dtype."""
-    made, n = selective.Trained(nn.Linear(24, 16, dtype=dtype), ["weight", "bias"]), 40
+    made, n = trained.Trained(nn.Linear(24, 16, dtype=dtype), ["weight", "bias"]), 40
     with torch.no_grad():
         made.weight.add_(0.1 * torch.randn_like(made.weight))
     x, dy = torch.randn(4, n // 4, 24).to(dtype), torch.randn(4, n // 4, 16).to(dtype)
@@ -211,7 +231,7 @@ def test_the_tied_model_asks_what_is_meant():
         ({"last_blocks": True}, "last_blocks is True"),
         ({"last_blocks": 1.0}, "last_blocks is 1.0"),
         ({"tied": "maybe"}, "tied is 'maybe'; it is one of refuse, both, untie"),
-        ({"head": "no"}, "head is 'no'; it is a bool"),
+        ({"head": "no"}, "head is 'no'; it is True or False"),
         ({"head": False}, "nothing would train"),
         ({"last_blocks": 3}, "last_blocks is 3; the model has 2 blocks"),
         ({"modules": ("q_porj",)}, r"\['q_porj'\] match no module; nearest: \['q_proj'"),

@@ -69,23 +69,6 @@ def test_we_load_what_peft_saves(tmp_path, options, tied):
     assert sum(p.numel() for p in trainable(ours).values()) == wrapped.get_nb_trainable_parameters()[0]
 
 
-@pytest.mark.parametrize(
-    "options, field",
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"lora_bias": True}, "lora_bias"),
-    ],
-)
-def test_what_we_do_not_support_is_refused_by_name(tmp_path, options, field):
-    ours, theirs = bases(tmp_path / "base")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
-    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=field):
-        minift.load_adapter(ours, tmp_path / "adapter")
-
-
 def test_merging_gives_what_peft_merges(tmp_path):
     ours, theirs = bases(tmp_path / "base")
     minift.apply(ours, minift.LoRA(r=3))

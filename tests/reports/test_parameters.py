@@ -50,8 +50,8 @@ def report(source, method, *arguments, **options) -> dict:
 
 
 def value(formula: str) -> int:
-    """What a printed formula says: "64 x (16 (4096 + 4096) + 4096)"; in and out name the side."""
-    product = re.sub(r"\b(in|out) ", "", formula).replace(" x ", " * ")
+    """What a printed formula says: "64 x (16 (4096 + 4096) + 4096)"."""
+    product = formula.replace(" x ", " * ")
     return eval(re.sub(r"(\d) \(", r"\1 * (", product))
 
 

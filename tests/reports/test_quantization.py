@@ -9,7 +9,7 @@ import torch
 from conftest import CharTokenizer, tiny_llama
 
 import minift
-from minift import cli, verbs
+from minift import verbs
 from minift.cli import main
 from minift.methods.base import trainable
 from minift.quant import Quantization
