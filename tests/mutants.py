@@ -40,6 +40,8 @@ def survives(check, module, old: str, new: str) -> bool:
 
 def _pass_on_a_copy(check, module) -> None:
     """A check that fails on every copy of a module would kill every mutant."""
+    if module.__name__.startswith("minift.kernels"):
+        return  # minutes in the interpreter; their files run the checks on the modules themselves
     code, closure = check.__code__, tuple(repr(cell.cell_contents) for cell in check.__closure__ or ())
     if (code, closure, module) in _passed:
         return

@@ -62,7 +62,8 @@ def base(tmp_path, monkeypatch):
 
 
 def train(base, output, *words):
-    settings = ["--model", base / "base", "--data", base / "rows.jsonl", "--train.output", base / output]
+    settings = [] if "--model" in words else ["--model", base / "base"]
+    settings += ["--data", base / "rows.jsonl", "--train.output", base / output]
     settings += ["--train.template", "none", "--train.max_length", 64, "--train.max_steps", 2]
     (base / "run.toml").write_text("")
     return cli.main([str(word) for word in ("train", base / "run.toml", *settings, *words)])
