@@ -36,7 +36,8 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    settings = argv[:1] in (["train"], ["plan"], ["params"]) and {"-h", "--help"} & set(argv)
+    if not argv or argv[0] in ("-h", "--help", "help") or settings:
         print(USAGE)
         return 0
     if argv[0] == "--version":
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in VERBS:
             raise ValueError(f"unknown verb {argv[0]!r}; known: {', '.join(VERBS)}")
         VERBS[argv[0]](argv[1:])
+        return 0
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if os.environ.get("MINIFT_TRACEBACK"):

@@ -84,7 +84,11 @@ def train(argv):
         save_tokenizer(tokenizer, f"{config.train.output}/base")
         print(f"the quantized base that LoftQ made is in {config.train.output}/base")
     print(", ".join(f"{name} {value}" for name, value in metrics.items()))
-    print(f"adapter, log and plot are in {config.train.output}")
+    what = "adapter"
+    if not config.method.adapter_file:
+        what = "model"
+        save_tokenizer(tokenizer, f"{config.train.output}/model")
+    print(f"{what}, log and plot are in {config.train.output}")
 
 
 def _shapes_config(verb, argv):
@@ -172,11 +176,14 @@ def verify(argv):
     parser.add_argument("adapter", help="a folder")
     parser.add_argument("--model", default="", help="the base; default: what adapter_config.json names")
     parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
+    parser.add_argument("--dtype", default="float32")
     _any_base(parser)
+    _add_quantization(parser, "--quantize.")
     a = parser.parse_args(argv)
+    recipe = _quantization(a, "quantize.") if _given(a) else None
     from minift.reports.verify import verify as run
 
-    run(a.adapter, a.model, a.text, not a.any_base)
+    run(a.adapter, a.model, a.text, not a.any_base, recipe, a.dtype)
 
 
 def tokens(argv):

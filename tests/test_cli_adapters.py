@@ -69,3 +69,23 @@ def test_verify_says_what_is_missing(run_folder, capsys):
     assert "does not name its base; give it as --model" in capsys.readouterr().err
     assert cli.main(["tokens", "model", "--adapter", "out"]) == 2
     assert "has no prompt embeddings" in capsys.readouterr().err
+
+
+def test_verify_takes_the_base_as_it_was_quantized(run_folder, capsys):
+    assert cli.main(["train", "run.toml", "--method", "qlora", "--method.block_size", "32"]) == 0
+    assert cli.main(["verify", "out"]) == 2
+    assert "trained on another base" in capsys.readouterr().err
+    assert cli.main(["verify", "out", "--quantize", "nf4", "--quantize.block_size", "32"]) == 0
+    assert "merged: the logits" in capsys.readouterr().out
+
+
+def test_full_fine_tuning_writes_a_model_that_generates(run_folder, capsys):
+    assert cli.main(["train", "run.toml", "--method", "full"]) == 0
+    assert "model, log and plot are in out" in capsys.readouterr().out
+    assert cli.main(["generate", "out/model", "1+1=", *TINY]) == 0
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "params"])
+def test_help_of_verbs_that_take_settings(capsys, verb):
+    assert cli.main([verb, "--help"]) == 0
+    assert "minift VERB" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def _check(model: LanguageModel, weights, how: str, given: dict) -> None:
         raise ValueError(f"how is {how!r}; it is one of {', '.join(NEEDS)}")
     for option, value in given.items():
         if value is None and option in NEEDS[how]:
-            raise ValueError(f"combining by {how} needs {option}; it needs {' and '.join(NEEDS[how])}")
+            raise ValueError(f"combining by {how} needs {' and '.join(NEEDS[how])}; {option} is missing")
         if value is not None and option not in NEEDS[how]:
             raise ValueError(f"combining by {how} uses no {option}; leave it out")
     r, density, p = given.values()

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from minift.models.adapters import own_parameters
 from minift.models.interface import LanguageModel
 
 
@@ -236,11 +237,6 @@ def training_adapter(model: LanguageModel) -> str:
             "minift.load_adapter freeze the others)"
         )
     return names[0]
-
-
-def own_parameters(part: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters of a wrapper, without those of what it wraps; of a slot, all."""
-    return [p for name, p in part.named_parameters() if not name.startswith("base.")]
 
 
 def buffers(model) -> dict[str, torch.Tensor]:

@@ -23,6 +23,11 @@ class Adapter:
         return list(self.modules.values())
 
 
+def own_parameters(part: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of a wrapper, without those of what it wraps; of a slot, all."""
+    return [p for name, p in part.named_parameters() if not name.startswith("base.")]
+
+
 class Adapters(dict):
     """Name -> Adapter, in the order in which they were applied.
 
@@ -77,12 +82,22 @@ class Adapters(dict):
 
         Not between a forward and its backward: gradient checkpointing recomputes with what works then.
         """
+        names = tuple(n for name in names for n in ([name] if isinstance(name, str) else name))
         for name in names:
             self._known(name)
         for name, adapter in self.items():
             self._can_rest(name, name in names)
             for part in adapter.parts:
                 part.active, part.rows = name in names, None
+
+    def train(self, name: str) -> None:
+        """Let this adapter's parameters train and no other's, as it was when it was added."""
+        adapter = self._known(name)
+        self._can_rest(name, False)
+        self.model.requires_grad_(False)
+        for part in adapter.parts:
+            for parameter in own_parameters(part):
+                parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def disable(self):
@@ -134,6 +149,15 @@ class Adapters(dict):
     def merged(self) -> list[str]:
         """The names of adapters that `minift.merge(model, name, keep=True)` folded in."""
         return list(self.model.kept)
+
+    def __repr__(self):
+        """A line for each adapter."""
+        rows = []
+        for name, adapter in self.items():
+            works = "active" if name in self.active() else "resting"
+            trains = any(p.requires_grad for part in adapter.parts for p in own_parameters(part))
+            rows.append(f"{name}: {adapter.method.name}, {works}{', trains' * trains}")
+        return "\n".join(rows) or "no adapters"
 
     def _known(self, name: str) -> Adapter:
         if name not in self:

@@ -16,6 +16,7 @@ from minift.methods import merge
 from minift.methods.files import CONFIG, load_adapter
 from minift.models.interface import LanguageModel
 from minift.models.weights import read_json
+from minift.quant import Quantization
 from minift.reports.quantization import read_text
 
 PROBE = 64  # tokens
@@ -23,13 +24,23 @@ ROUNDING = 2e-5  # of the largest logit: what two correct programs in fp32 may d
 CLOSE = 1e-3  # of it, where the adapter moves the logits by a hundred times more
 
 
-def verify(folder: str, source: str = "", text: str = "", check_base: bool = True) -> dict[str, float]:
-    """Print and return route -> largest difference from our own logits; a large one is an error."""
+def verify(
+    folder: str,
+    source: str = "",
+    text: str = "",
+    check_base: bool = True,
+    quantize: Quantization | None = None,
+    dtype: str = "float32",
+) -> dict[str, float]:
+    """Print and return route -> largest difference from our own logits; a large one is an error.
+
+    A base that was quantized while it was loaded needs the same `quantize` and `dtype` again.
+    """
     config = read_json(Path(folder) / CONFIG, "")
     source = source or config.get("base_model_name_or_path")
     if not source or not isinstance(source, str):
         raise ValueError(f"{folder} does not name its base; give it as --model")
-    model = load_model(source, "float32")
+    model = load_model(source, dtype, quantize=quantize)
     length = min(PROBE, model.dims.context // 2)
     ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * length])[:length]])
     base = copy.deepcopy(model)
@@ -80,8 +91,8 @@ def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.
         model = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
         try:
             adapted = peft.PeftModel.from_pretrained(model, folder).eval()
-        except (KeyError, RuntimeError, ValueError) as error:
-            print(f"peft: does not load this adapter ({type(error).__name__}: {error})")
+            with torch.inference_mode():
+                return adapted(ids).logits[0, -ids.shape[1] :].float()
+        except Exception as error:  # peers fail in ways of their own
+            print(f"peft: does not run this adapter on this base ({type(error).__name__}: {error})")
             return None
-        with torch.inference_mode():
-            return adapted(ids).logits[0, -ids.shape[1] :].float()

@@ -57,7 +57,9 @@ def train(
     """
     config = config or TrainConfig()
     if not trainable(model):
-        raise ValueError("nothing is trainable; call minift.apply(model, method) first")
+        raise ValueError(
+            "nothing is trainable; call minift.apply(model, method) first, or model.adapters.train(name)"
+        )
     examples = encode(model, tokenizer, data, config)
     held_out = encode(model, tokenizer, valid, config) if valid is not None else []
     output = open_output(Path(config.output), overwrite, resume)

@@ -222,3 +222,19 @@ def test_a_loss_wants_one_choice_for_all_texts():
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
     with model.adapters.rows(["a", None, "a"]), pytest.raises(ValueError, match="leave adapters.rows first"):
         Objective(model)(batch)
+
+
+def test_what_trains_is_chosen_and_what_works_is_another_choice():
+    model = with_adapters("ab")
+    own = {
+        n: {id(p) for part in model.adapters[n].parts for p in part.parameters(recurse=False)} for n in "ab"
+    }
+    assert {id(p) for p in trainable(model).values()} == own["b"]
+    model.adapters.switch(["a"])
+    assert repr(model.adapters) == "a: lora, active\nb: lora, resting, trains"
+    model.adapters.train("a")
+    assert {id(p) for p in trainable(model).values()} == own["a"]
+    with pytest.raises(ValueError, match="no adapter named 'x'"):
+        model.adapters.train("x")
+    assert {id(p) for p in trainable(model).values()} == own["a"]
+    assert repr(tiny_llama().adapters) == "no adapters"
