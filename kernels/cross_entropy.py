@@ -99,6 +99,7 @@ def _chunks(hidden, weight, targets, trains_hidden, trains_weight):
     has = ("torch",) if hidden.dtype == torch.float64 else ("triton", "torch")
     rows = {"triton": _rows_triton, "torch": _rows_torch}[runtime.choose("cross_entropy", hidden.device, has)]
     buffer = hidden.new_empty(min(n, ROWS), -(-V // 16) * 16)  # rows that start on 16 bytes
+    buffer[:, V:] = 0  # oneDNN's bf16 products read an odd K's neighbour, times zero: it must not be NaN
     losses = hidden.new_empty(n, dtype=wide)
     dh = torch.empty_like(hidden) if trains_hidden else None
     one = 0 < n <= ROWS  # then dW is one product, and there is nothing to sum in fp32
