@@ -43,7 +43,7 @@ THIRD_PARTY = {
     "quant": {"torch"},
     "methods": {"torch"},
     "optim": {"torch"},
-    "reports": {"numpy", "torch", "matplotlib", "peft", "transformers"},  # the peers in verify.py alone
+    "reports": {"numpy", "torch", "matplotlib"},
     "training": {"torch", "tqdm"},
     "fetch": set(),
     "config": set(),
@@ -53,7 +53,7 @@ THIRD_PARTY = {
     "cli": set(),
     "verbs": set(),
 }
-OPTIONAL = {"gguf", "matplotlib", "peft", "transformers"}  # the only imports inside functions
+OPTIONAL = {"gguf", "matplotlib"}  # the only imports inside functions
 # verbs.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
 IMPORTS_IN_FUNCTIONS = {"verbs.py"}
 # Not ops: the choice of backends, the quantized matrix, decoding, products in slabs, the C library.

@@ -5,7 +5,10 @@ how far the adapter moves the base's logits: an adapter that was not applied mov
 """
 
 import copy
+import subprocess
+import sys
 import tempfile
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from minift.load import load_model, load_tokenizer, save_model
 from minift.methods import merge
 from minift.methods.files import CONFIG, load_adapter
 from minift.models.interface import LanguageModel
-from minift.models.weights import read_json
+from minift.models.weights import open_safetensors, read_json, write_safetensors
 from minift.quant import Quantization
 from minift.reports.quantization import read_text
 
@@ -80,19 +83,31 @@ def logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     return model(ids)[0].float()  # (T, V)
 
 
+# A program of its own, so that minift imports no peer: base, adapter, file of ids, file for logits.
+PEFT = """
+import sys, peft, torch, transformers
+from safetensors.torch import load_file, save_file
+base, adapter, ids, out = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+model = peft.PeftModel.from_pretrained(model, adapter).eval()
+ids = load_file(ids)["ids"]
+with torch.inference_mode():
+    save_file({"logits": model(ids).logits[0, -ids.shape[1]:].float().contiguous()}, out)
+"""
+
+
 def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.Tensor | None:
     """The base as a folder of transformers, the adapter on it by PEFT; virtual positions are left out."""
-    import peft
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(base, scratch)
-        model = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
-        try:
-            adapted = peft.PeftModel.from_pretrained(model, folder).eval()
-            with torch.inference_mode():
-                return adapted(ids).logits[0, -ids.shape[1] :].float()
-        except Exception as error:  # peers fail in ways of their own
-            print(f"peft: does not run this adapter on this base ({type(error).__name__}: {error})")
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as files:
+        there = Path(scratch)
+        save_model(base, there / "base")
+        write_safetensors(there / "ids", {"ids": ids}, {})
+        words = [there / "base", folder, there / "ids", there / "logits"]
+        done = subprocess.run(
+            [sys.executable, "-c", PEFT, *map(str, words)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"peft: does not run this adapter on this base ({last})")
             return None
+        return open_safetensors(there / "logits", files).get_tensor("logits").clone()

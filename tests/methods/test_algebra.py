@@ -78,7 +78,8 @@ def test_order_does_not_matter(how):
     assert first == pytest.approx(second, rel=1e-9, abs=1e-11)  # near ties of singular values are none here
     one, other = deltas(model, "first"), deltas(model, "second")
     for path in one:
-        torch.testing.assert_close(one[path], other[path], rtol=1e-9, atol=1e-10)
+        # fp64: four terms in another order, then an SVD, whose error grows with 1 / the gap at the cut
+        torch.testing.assert_close(one[path], other[path], rtol=0, atol=1e-11)
 
 
 @given(st.integers(1, 12), st.dictionaries(st.sampled_from("abcd"), weight, min_size=1))
