@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries, trained on CPUs at the speed of its matrix products.
+"""Attention with grouped queries, causal or not, trained on CPUs at the speed of its matrix products.
 
     P = softmax(q k^T / sqrt(hd) + bias),   o = P v,   bias 0 where attended and -inf elsewhere
     dv = P^T do,   dP = do v^T,   dS = P * (dP - rowsum(P * dP))
@@ -25,31 +25,33 @@ def causal_mask(T: int, S: int, device=None) -> torch.Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def attention_ref(q, k, v, mask=None):
+def attention_ref(q, k, v, mask=None, causal=True):
     """q (B, H, T, hd), k and v (B, KV, S, hd), mask bool broadcastable to (B, 1, T, S) -> (B, H, T, hd).
 
-    True in `mask` means attended; None means causal, aligned to the last key.
+    True in `mask` means attended; None means causal, aligned to the last key, or everything.
     """
     G = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)  # (B, H, S, hd)
     if mask is None:
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+        T, S = q.shape[2], k.shape[2]
+        mask = causal_mask(T, S, q.device) if causal else torch.ones(T, S, dtype=torch.bool, device=q.device)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, causal=True):
     """Same contract as `attention_ref`."""
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if trains and q.device.type == "cpu":
-        return CPUAttention.apply(q, k, v, mask)
-    return _fused(q, k, v, mask)
+        return CPUAttention.apply(q, k, v, mask, causal)
+    return _fused(q, k, v, mask, causal)
 
 
-def _fused(q, k, v, mask):
+def _fused(q, k, v, mask, causal):
     T, S = q.shape[2], k.shape[2]
-    square = mask is None and T == S
-    if mask is None and 1 < T < S:
+    causal = causal and mask is None
+    square = causal and T == S
+    if causal and 1 < T < S:
         mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
 
@@ -61,25 +63,26 @@ class CPUAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask):
+    def forward(ctx, q, k, v, mask, causal):
         ctx.save_for_backward(q, k, v, mask)
-        return _fused(q, k, v, mask)
+        ctx.causal = causal and mask is None
+        return _fused(q, k, v, mask, causal)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         q, k, v, mask = ctx.saved_tensors
         (B, H, T, _), S = q.shape, k.shape[2]
-        bias = _bias(causal_mask(T, S, q.device)[None, None] if mask is None else mask, q.dtype).expand(
-            B, 1, T, S
-        )
+        if mask is None:
+            mask = causal_mask(T, S, q.device) if ctx.causal else q.new_ones(1, S, dtype=torch.bool)
+        bias = _bias(mask, q.dtype).expand(B, 1, T, S)
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         rows = max(1, min(ROWS, SLAB // (B * H * S)))
         for start in range(0, T, rows):
             stop = min(start + rows, T)
-            seen = stop + S - T if mask is None else S
+            seen = stop + S - T if ctx.causal else S
             part = _backward_rows(
                 q[:, :, start:stop],
                 k[:, :, :seen],
@@ -90,7 +93,7 @@ class CPUAttention(torch.autograd.Function):
             dq[:, :, start:stop] = part[0]
             dk[:, :, :seen] += part[1]
             dv[:, :, :seen] += part[2]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _bias(mask, dtype):

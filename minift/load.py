@@ -12,6 +12,7 @@ from minift.fetch import ALIASES, cached
 from minift.memory import release_free_memory
 from minift.models import MODELS, weights
 from minift.models.gguf_file import read_gguf
+from minift.models.heads import CLASSIFIERS, asked_head, check_problem, default_labels, read_labels
 from minift.models.interface import LanguageModel, is_quantized
 from minift.models.skeleton import shapes_only
 from minift.models.wrappers import base_layers, replace_module
@@ -46,8 +47,17 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     quantize: str | Quantization | None = None,
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+    labels: tuple[str, ...] | None = None,
+    seed: int = 0,
 ) -> LanguageModel:
     """Build on the meta device, fill tensor by tensor. `dtype`, of storage and compute, is one of DTYPES.
+
+    `head` is one of heads.HEADS or "regression"; by default the one that the checkpoint was saved with. What
+    the checkpoint lacks of another head is new: it starts from `seed` and trains with every method
+    (`model.new_modules`). A classifier has `num_labels` outputs, or one for each name in `labels`.
 
     `quantize` is a format ("nf4") or a Quantization: each linear layer that it means is quantized as soon as
     it has been read, with the numbers of `quantize_model` after a dense load. A bitsandbytes 4-bit folder
@@ -64,7 +74,7 @@ def load_model(
     if not isinstance(recipe, Quantization | None):
         raise ValueError(f"quantize is {quantize!r}; give a format such as 'nf4', a Quantization, or None")
     with ExitStack() as files:
-        model, tensors = _open(source, files)
+        model, tensors = _open(source, files, head, num_labels, labels)
         _take_quantized(model, tensors, DTYPES[dtype], device)
         chosen = set(layers_to_quantize(model, recipe)) if recipe else set()
         rows = []
@@ -78,7 +88,7 @@ def load_model(
                 rows.append(row)
                 release_free_memory()
 
-        weights.fill(model, tensors, DTYPES[dtype], device, place)
+        weights.fill(model, tensors, DTYPES[dtype], device, place, seed)
     if recipe:
         record(model, recipe, rows)
     model.loaded_dtype = dtype
@@ -120,30 +130,68 @@ def holds_quantized(source: str | Path) -> bool:
         return bool(bnb.quantized_paths(_open(source, files)[1]))
 
 
-def build_model(source: str | Path) -> LanguageModel:
+def build_model(source: str | Path, head: str | None = None, num_labels: int | None = None) -> LanguageModel:
     """The model of a source on the meta device: all shapes, no weights."""
     with ExitStack() as files:
-        return _open(source, files)[0]
+        return _open(source, files, head, num_labels)[0]
 
 
-def _open(source, files: ExitStack):
+def _open(source, files: ExitStack, head=None, num_labels=None, labels=None):
     """(model on the meta device, its tensors on disk)."""
     path = locate(source)
     config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
+    family, config_class, stored = _family(config, path)
+    bnb.check_config(config)
+    if config.pop("quantization_config", None) and not bnb.quantized_paths(tensors):
+        raise ValueError(f"{path}: config.json announces 4-bit weights, and no tensor has a quant_state")
+    head, num_labels = asked_head(head, num_labels)
+    kind = head or stored
+    labels = _labels(config, kind, kind == stored, num_labels, labels)
+    with shapes_only():
+        model = family(config_class.from_hf(config), kind, labels)
+    model.source = str(source)
+    tensors = weights.renamed(model, tensors)
+    if kind != stored:
+        weights.take_new_head(model, tensors)
+    return model, tensors
+
+
+def _family(config: dict, path):
+    """(family, its config, head) of an architecture."""
     names = config.get("architectures")
     names = names if isinstance(names, list) and names else [None]
     if names[0] not in list(MODELS):
         raise ValueError(
             f"{path}: architecture {names[0]!r} is not supported; supported: {', '.join(MODELS)}"
         )
-    model_class, config_class = MODELS[names[0]]
-    bnb.check_config(config)
-    if config.pop("quantization_config", None) and not bnb.quantized_paths(tensors):
-        raise ValueError(f"{path}: config.json announces 4-bit weights, and no tensor has a quant_state")
-    with shapes_only():
-        model = model_class(config_class.from_hf(config))
-    model.source = str(source)
-    return model, tensors
+    return MODELS[names[0]]
+
+
+def _labels(config: dict, head: str, is_stored: bool, num_labels: int | None, labels) -> tuple[str, ...]:
+    """The names of the outputs of a head that the checkpoint has, or of a new one."""
+    if labels is not None:
+        labels = tuple(labels)
+        if num_labels not in (None, len(labels)) or len(set(labels)) != len(labels) or not labels:
+            raise ValueError(f"labels {labels} must be different names, as many as num_labels, {num_labels}")
+        num_labels = len(labels)
+    if head not in CLASSIFIERS:
+        if num_labels is not None:
+            raise ValueError(
+                f"num_labels and labels belong to {' and '.join(CLASSIFIERS)}; the head is {head!r}"
+            )
+        return ()
+    if not is_stored:
+        if num_labels is None:
+            raise ValueError(f"the head {head!r} is new here; say how many outputs it has with num_labels")
+        return labels or default_labels(num_labels)
+    known = read_labels(config)
+    check_problem(config, known)
+    if num_labels not in (None, len(known)) or labels not in (None, known):
+        raise ValueError(
+            f"the checkpoint's head has {len(known)} labels ({', '.join(known[:5])}), and "
+            f"{labels or num_labels} were asked for; leave num_labels out, or load it with another head first"
+        )
+    return known
 
 
 def load_tokenizer(source: str | Path) -> tokenizers.Tokenizer:
@@ -187,7 +235,7 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
     layers = base_layers(model)
     quantized = {path: layer.quantized() for path, layer in layers.items() if is_quantized(layer)}
     state = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    config = model.config.to_hf()
+    config, state = model.to_hf(), weights.as_stored(model, state)
     if quantized:
         for path, weight in quantized.items():
             state |= bnb.to_state(weight, path)

@@ -1,7 +1,7 @@
 """Methods by name, and what is done with them: apply, merge, unmerge."""
 
 from minift.methods.adalora import AdaLoRA
-from minift.methods.base import Method, Plan
+from minift.methods.base import Method
 from minift.methods.bitfit import BitFit
 from minift.methods.bottleneck import Bottleneck
 from minift.methods.dora import DoRA
@@ -11,6 +11,7 @@ from minift.methods.ln_tuning import LNTuning
 from minift.methods.lora import LoRA
 from minift.methods.merging import merge, unmerge
 from minift.methods.p_tuning import PTuning
+from minift.methods.plan import Plan
 from minift.methods.prefix_tuning import PrefixTuning
 from minift.methods.prompt_tuning import PromptTuning
 from minift.methods.qlora import QLoRA

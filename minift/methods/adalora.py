@@ -122,12 +122,12 @@ class AdaLoRA(LoRA):
     def scale(self, r, alpha):
         return alpha / (r + 1e-5)
 
-    def plan(self, model):
-        plan = super().plan(model)
-        for site in plan.sites:
+    def sites(self, model):
+        sites = super().sites(model)
+        for site in sites:
             if site.r and not is_base_layer(get_module(model, site.path)):
                 raise ValueError(f"adalora is for linear layers, and {site.path} is none; leave it out")
-        return plan
+        return sites
 
     def cost(self, r, fan_out, fan_in):
         return r * (fan_in + fan_out + 1), f"{r} ({fan_in} + {fan_out} + 1)"

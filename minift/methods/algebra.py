@@ -15,13 +15,13 @@ import math
 
 import torch
 
-from minift.methods.base import generator
 from minift.methods.factors import Factors, check_finite, cut, factors_of, put, svd, with_ranks
 from minift.methods.lora import LoRA
 from minift.methods.low_rank import TiedLoRAHead
 from minift.methods.peft_lora import shortest
 from minift.methods.trained import Trained
 from minift.models.interface import LanguageModel
+from minift.models.randomness import generator
 from minift.models.slots import Slot
 from minift.models.wrappers import path_of
 

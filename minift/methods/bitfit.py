@@ -12,9 +12,8 @@ Source: Ben Zaken, Ravfogel and Goldberg 2021, arXiv:2106.10199, section 3.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minift.methods.base import Method, Plan
+from minift.methods.base import Method
 from minift.methods.trained import inject_trained, plan_trained
-from minift.models.interface import parameter_count
 from minift.models.targets import as_rules
 from minift.models.wrappers import bare_modules, innermost
 
@@ -39,11 +38,11 @@ class BitFit(Method):
             "few parameters"
         )
 
-    def plan(self, model):
+    def sites(self, model):
         if reason := self.refuses(model):
             raise ValueError(f"{self.name} cannot run on this model: {reason}")
         sites = plan_trained(model, self.target_modules or ("*",), "target_modules", only=("bias",))
-        return Plan(self, sites, parameter_count(model))
+        return sites
 
     def inject(self, model, plan, name, seed):
         inject_trained(model, plan.sites, name)

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, check_number, check_one_of, check_whole, generator
-from minift.models.interface import LanguageModel, parameter_count
+from minift.methods.base import Method, check_number, check_one_of, check_whole
+from minift.methods.plan import Site
+from minift.models.randomness import generator
 from minift.models.targets import as_rules, match
 from minift.models.wrappers import Wrapper, bare_modules, get_module, replace_module
 
@@ -102,7 +103,7 @@ class Bottleneck(Method):
     def identity_at_init(self) -> str:
         return "none" if self.init_std else "bitwise"
 
-    def plan(self, model: LanguageModel) -> Plan:
+    def sites(self, model):
         roles = PLACEMENTS[self.placement]
         rules = match(
             model,
@@ -117,7 +118,7 @@ class Bottleneck(Method):
             Site(path, rule, (D, m), 2 * D * m + m + D, f"2 x {D} x {m} + {m} + {D}", scaling=self.scaling)
             for path, rule in rules.items()
         ]
-        return Plan(self, tuple(sites), parameter_count(model))
+        return tuple(sites)
 
     def inject(self, model, plan, name, seed):
         parallel = self.placement == "parallel"

@@ -91,9 +91,9 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     law: ClassVar[str] = "sum of r (in + out) + out"
 
-    def plan(self, model):
-        plan = super().plan(model)
-        for path in [site.path for site in plan.sites if site.r]:
+    def sites(self, model):
+        sites = super().sites(model)
+        for path in [site.path for site in sites if site.r]:
             layer = get_module(model, path)
             if not is_base_layer(layer):
                 raise ValueError(
@@ -104,7 +104,7 @@ class DoRA(LoRA):
                     f"{path} carries an adapter ({type(layer).__name__}), and dora takes the norms of a bare "
                     "weight; merge or remove that first, or apply it after dora"
                 )
-        return plan
+        return sites
 
     def cost(self, r, fan_out, fan_in):
         return r * (fan_in + fan_out) + fan_out, f"{r} ({fan_in} + {fan_out}) + {fan_out}"

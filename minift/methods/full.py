@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from minift.methods.base import Method, Plan, Site
-from minift.models.interface import LanguageModel, is_quantized, parameter_count
+from minift.methods.base import Method
+from minift.methods.plan import Site
+from minift.models.interface import is_quantized
 from minift.models.wrappers import base_layers
 
 
@@ -36,12 +37,12 @@ class Full(Method):
             )
         return None
 
-    def plan(self, model: LanguageModel) -> Plan:
+    def sites(self, model):
         sites = tuple(
             Site(path, "all", tuple(p.shape), p.numel(), " x ".join(map(str, p.shape)), replaces=True)
             for path, p in model.named_parameters()
         )
-        return Plan(self, sites, parameter_count(model))
+        return sites
 
     def inject(self, model, plan, name, seed):
         model.to(torch.float32)

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site
-from minift.models.interface import LanguageModel, parameter_count
+from minift.methods.base import Method
+from minift.methods.plan import Site
 from minift.models.targets import as_rules, match
 from minift.models.wrappers import Wrapper, get_module, replace_module
 
@@ -65,7 +65,7 @@ class IA3(Method):
         for rules in ("target_modules", "feedforward_modules"):
             object.__setattr__(self, rules, as_rules(getattr(self, rules)))
 
-    def plan(self, model: LanguageModel) -> Plan:
+    def sites(self, model):
         roles, sites = model.sites, []
         rules = match(model, self.target_modules or (*roles["k"], *roles["v"], *roles["ffn_out"]))
         feedforward = self._feedforward(model, rules)
@@ -73,7 +73,7 @@ class IA3(Method):
             layer = get_module(model, path)
             shape = (1, layer.in_features) if path in feedforward else (layer.out_features, 1)  # of l
             sites.append(Site(path, rule, shape, max(shape), str(max(shape))))
-        return Plan(self, tuple(sites), parameter_count(model))
+        return tuple(sites)
 
     def _feedforward(self, model, targets) -> set[str]:
         """The paths whose input is rescaled."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from minift.methods.base import Method, Plan
+from minift.methods.base import Method
 from minift.methods.trained import inject_trained, plan_trained
-from minift.models.interface import parameter_count
 from minift.models.targets import as_rules, match
 from minift.models.wrappers import bare_modules
 
@@ -30,7 +29,7 @@ class LNTuning(Method):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", as_rules(self.target_modules))
 
-    def plan(self, model):
+    def sites(self, model):
         norms = match(model, model.sites["norms"], among=bare_modules(model), what="module")
         sites = plan_trained(model, self.target_modules or model.sites["norms"], "target_modules")
         other = [site.path for site in sites if site.path.rpartition(".")[0] not in norms]
@@ -39,7 +38,7 @@ class LNTuning(Method):
                 f"target_modules mean {other[0]}, which is no norm's; norms are "
                 f"{', '.join(model.sites['norms'])}, and method selective trains any module"
             )
-        return Plan(self, sites, parameter_count(model))
+        return sites
 
     def inject(self, model, plan, name, seed):
         inject_trained(model, plan.sites, name, prefix="ln_tuning_layers.")

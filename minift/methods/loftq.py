@@ -11,9 +11,9 @@ Source: Li et al. 2023, arXiv:2310.08659, algorithm 1.
 
 import torch
 
-from minift.methods.base import aligned
 from minift.methods.low_rank import LoRALinear
 from minift.methods.pissa import principal
+from minift.methods.plan import aligned
 from minift.models.adapters import Adapter
 from minift.quant import Quantization, quantize_weight
 from minift.quant.linear import QuantizedLinear

@@ -17,21 +17,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import (
-    Method,
-    Plan,
-    Site,
-    check_flag,
-    check_number,
-    check_one_of,
-    check_whole,
-    generator,
-)
+from minift.methods.base import Method, check_flag, check_number, check_one_of, check_whole
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead, embedding_shape
 from minift.methods.olora import olora
 from minift.methods.pissa import pissa
+from minift.methods.plan import Site
 from minift.methods.trained import TIED, inject_trained, plan_trained
-from minift.models.interface import LanguageModel, parameter_count
+from minift.models.randomness import generator
 from minift.models.targets import as_rules, fits, match
 from minift.models.wrappers import bare_modules, get_module, innermost, is_base_layer, path_of, replace_module
 
@@ -113,7 +105,7 @@ class LoRA(Method):
         """Of layers that no pattern fits."""
         return self.scale(self.r, self.alpha)
 
-    def plan(self, model: LanguageModel) -> Plan:
+    def sites(self, model):
         modules, embed, head = bare_modules(model), path_of(model, model.embed), path_of(model, model.head)
         rules = self._rules(model, modules)
         one = model.tied and self.tied == "both" and bool(rules.keys() & {embed, head})
@@ -133,7 +125,7 @@ class LoRA(Method):
             raise ValueError(
                 f"target_modules and modules_to_save both mean {min(twice)}; leave it to one of them"
             )
-        return Plan(self, (*sites, *saved), parameter_count(model))
+        return (*sites, *saved)
 
     def _rules(self, model, modules) -> dict[str, str]:
         """Path -> the rule that means it."""

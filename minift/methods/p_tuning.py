@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, check_one_of, check_whole, generator
+from minift.methods.base import Method, check_one_of, check_whole
+from minift.methods.plan import Site
 from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room
-from minift.models.interface import parameter_count
+from minift.models.randomness import generator
 from minift.models.slots import Slot, add_slot
 
 ENCODERS = ("mlp", "lstm")
@@ -81,7 +82,7 @@ class PTuning(Method):
         check_whole(self, "encoder_hidden_size", 0)
         check_one_of(self, "encoder", ENCODERS)
 
-    def plan(self, model):
+    def sites(self, model):
         n, D = self.num_virtual_tokens, model.dims.hidden
         H = self.encoder_hidden_size or D
         check_room(model, n)
@@ -94,7 +95,7 @@ class PTuning(Method):
                 sites.append(Site(f"prompt.lstm.{i}", RULE, (2 * H, fan_in), size, formula))
             shapes = {0: (2 * H, 2 * H), 2: (D, 2 * H)}
         sites += [linear_site(f"prompt.mlp.{i}", *shape) for i, shape in shapes.items()]
-        return Plan(self, tuple(sites), parameter_count(model))
+        return tuple(sites)
 
     def inject(self, model, plan, name, seed):
         n, D = plan.sites[0].shape

@@ -17,10 +17,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, check_flag, check_whole, generator
+from minift.methods.base import Method, check_flag, check_whole
 from minift.methods.p_tuning import linear_site, start_
+from minift.methods.plan import Site
 from minift.methods.prompt_tuning import RULE, UNMERGEABLE, check_room
-from minift.models.interface import Dims, parameter_count
+from minift.models.interface import Dims
+from minift.models.randomness import generator
 from minift.models.slots import Slot, add_slot
 
 # Near zero: SmolLM2-135M's loss on a text is 2.7 nats, with a start of STD 1 (PEFT's) 7.3, with this one 2.8
@@ -86,7 +88,7 @@ class PrefixTuning(Method):
     def refuses(self, model):
         return None if model.takes_prefix else f"the blocks of {type(model).__name__} take no prefix"
 
-    def plan(self, model):
+    def sites(self, model):
         n, L, KV, hd = self.num_virtual_tokens, model.dims.blocks, model.dims.kv_heads, model.dims.head_dim
         check_room(model, n)
         if self.prefix_projection:
@@ -99,7 +101,7 @@ class PrefixTuning(Method):
         else:
             formula = f"{n} x {L} x 2 x {KV * hd}"
             sites = (Site("prefix", RULE, (n, 2 * L * KV * hd), n * L * 2 * KV * hd, formula),)
-        return Plan(self, sites, parameter_count(model))
+        return sites
 
     def inject(self, model, plan, name, seed):
         n, H = self.num_virtual_tokens, plan.sites[1].shape[0] if self.prefix_projection else 0

@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from minift.methods.base import Method, Plan, Site, check_one_of, check_whole, generator
-from minift.models.interface import LanguageModel, parameter_count
+from minift.methods.base import Method, check_one_of, check_whole
+from minift.methods.plan import Site
+from minift.models.interface import LanguageModel
+from minift.models.randomness import generator
 from minift.models.slots import Slot, add_slot
 
 UNMERGEABLE = "virtual tokens stand before the text, and no weight of the model holds them"
@@ -71,7 +73,7 @@ class PromptTuning(Method):
             raise ValueError(f"init_text {self.init_text!r} has no tokens; give a longer text")
         return replace(self, init_ids=tuple(ids))
 
-    def plan(self, model):
+    def sites(self, model):
         n, D = self.num_virtual_tokens, model.dims.hidden
         check_room(model, n)
         if self.init == "text" and not self.init_ids:
@@ -84,7 +86,7 @@ class PromptTuning(Method):
                 f"init_ids hold {wrong[0]}, the vocabulary is 0 to {model.dims.vocab - 1}; use the tokenizer "
                 "that belongs to the model"
             )
-        return Plan(self, (Site("prompt", RULE, (n, D), n * D, f"{n} x {D}"),), parameter_count(model))
+        return (Site("prompt", RULE, (n, D), n * D, f"{n} x {D}"),)
 
     def inject(self, model, plan, name, seed):
         slot = PromptEmbeddings(*plan.sites[0].shape, model.device)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minift.methods.base import Plan, Site, aligned, generator
 from minift.methods.factors import Factors, alpha_for, check_finite, cut, factors_of, put, svd, with_ranks
 from minift.methods.lora import LoRA, first_fit
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear, TiedLoRAHead
+from minift.methods.plan import Plan, Site, aligned
 from minift.methods.trained import Trained
 from minift.models.adapters import Adapter
 from minift.models.interface import LanguageModel
+from minift.models.randomness import generator
 from minift.models.targets import fits, nearest
 
 AFRESH = "A and B are new tensors: their optimizer starts afresh, and older checkpoints do not fit."

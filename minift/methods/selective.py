@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from minift.methods.base import Method, Plan, check_flag, check_one_of, check_whole
+from minift.methods.base import Method, check_flag, check_one_of, check_whole
 from minift.methods.trained import TIED, inject_trained, plan_trained
-from minift.models.interface import parameter_count
 from minift.models.targets import as_rules
 from minift.models.wrappers import path_of
 
@@ -41,14 +40,14 @@ class Selective(Method):
         if not (self.modules or self.last_blocks or self.head):
             raise ValueError("head is false and modules and last_blocks are empty: nothing would train")
 
-    def plan(self, model):
+    def sites(self, model):
         blocks = len(model.blocks)
         if self.last_blocks > blocks:
             raise ValueError(f"last_blocks is {self.last_blocks}; the model has {blocks} blocks")
         rules = [f"{model.blocks_path}.{i}" for i in range(blocks - self.last_blocks, blocks)]
         rules += [*self.modules, *([path_of(model, model.head)] if self.head else [])]
         sites = plan_trained(model, rules, "modules, last_blocks or head", self.tied)
-        return Plan(self, sites, parameter_count(model))
+        return sites
 
     def inject(self, model, plan, name, seed):
         inject_trained(model, plan.sites, name)

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from minift.methods.base import Site
+from minift.methods.plan import Site
 from minift.models.interface import LanguageModel
 from minift.models.targets import match
 from minift.models.wrappers import Wrapper, bare_modules, get_module, innermost, path_of, replace_module
 
 TIED = ("refuse", "both", "untie")
+NEW_HEAD = "new head"  # the rule of what a checkpoint did not have
 
 
 class Trained(Wrapper):
@@ -116,6 +117,23 @@ def _with_tie(sites, head: str, embed: str, tied: str) -> tuple[Site, ...]:
     rule = f"tied to {embed.removesuffix('.weight')}"
     shares = Site(head, rule, first.shape, 0, replaces=True, tied_to=embed)
     return (replace(first, path=embed), shares, *rest)
+
+
+def plan_new_head(model: LanguageModel, sites) -> tuple[Site, ...]:
+    """A site for each parameter of the head that is new and that the method's own sites do not train."""
+    taken, found = {site.path for site in sites}, []
+    for path, module in bare_modules(model).items():
+        if not model.is_new(path):
+            continue
+        if path in taken:
+            raise ValueError(f"the rules mean {path}, which is new and trains as a whole; leave it out")
+        for name, parameter in innermost(module)._parameters.items():
+            if parameter is None or parameter is model.embed_weight or f"{path}.{name}" in taken:
+                continue
+            shape, size = tuple(parameter.shape), parameter.numel()
+            formula = " x ".join(map(str, shape))
+            found.append(Site(f"{path}.{name}", NEW_HEAD, shape, size, formula, replaces=True))
+    return tuple(found)
 
 
 def inject_trained(model: LanguageModel, sites, name: str, prefix: str = "") -> None:

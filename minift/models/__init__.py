@@ -1,5 +1,8 @@
-"""Architectures by the name that config.json gives them."""
+"""Architectures by the name that config.json gives them: (family, its config, head)."""
 
-from minift.models.llama import Llama, LlamaConfig
+from minift.models.heads import HEADS
+from minift.models.llama import FAMILIES, Llama, LlamaConfig
 
-MODELS = {"LlamaForCausalLM": (Llama, LlamaConfig)}
+MODELS = {
+    **{name + HEADS[head]: (Llama, LlamaConfig, head) for name in FAMILIES.values() for head in Llama.heads}
+}

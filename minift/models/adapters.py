@@ -50,7 +50,7 @@ class Adapters(dict):
         self.model.requires_grad_(False)
         self[name] = Adapter(method, plan)
         try:
-            method.inject(self.model, plan, name, seed)
+            method.attach(self.model, plan, name, seed)
         except BaseException:
             self._take_out(name)
             for parameter, trains in trained.items():

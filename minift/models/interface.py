@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.models.adapters import Adapters
+from minift.models.heads import CLASSIFIERS, HEADS, label_fields, last_token
 from minift.models.slots import active_slots, most_virtual_tokens, with_virtual_tokens
 from minift.models.wrappers import Wrapper, innermost
 
@@ -31,22 +32,35 @@ class Dims(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """A decoder. Subclasses set `config`, name their parts, and implement `backbone`.
+    """A transformer with a head. Subclasses name their parts and implement `run_blocks`.
 
     The module tree carries the names of the published checkpoints, so that weights load by name and an
     adapter file's keys are the module paths. `adapters` maps the name of each resident adapter to it.
     """
 
-    blocks_path = ""  # where the blocks stand in the module tree, as "model.layers"
-    sites: ClassVar[
-        dict
-    ] = {}  # role -> rules: attn_out, ffn (the whole), ffn_in, ffn_out, k, v, norms; see targets.match
+    heads: ClassVar[tuple[str, ...]] = ("causal_lm",)  # of heads.HEADS
+    trunks: ClassVar[tuple[str, ...]] = ()  # what checkpoints may call the part without the head
+    ignored_keys: ClassVar[tuple[str, ...]] = ()  # of checkpoints, as regular expressions: known and not used
+    head_keys: ClassVar[tuple[str, ...]] = ()  # likewise: what other heads of the family store
+    renamed_keys: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regular expression, what to put there)
+    transposed: ClassVar[tuple[str, ...]] = ()  # matrices that checkpoints hold as (in, out), likewise
+    sites: ClassVar[dict] = {}  # role -> rules: attn_out, ffn (the whole), ffn_in, ffn_out, k, v, norms
     takes_prefix = True  # its blocks take prefix_kv
-    ignored_keys = ()  # checkpoint keys that this family knows and does not use, as regular expressions
+    is_encoder_decoder = False
+    causal = True  # a token sees those before it, and not those behind it
 
-    def __init__(self, config):
+    trunk = ""  # the part without the head in this module tree, as "model"
+    blocks_path = ""  # where the blocks stand, as "model.layers"
+    head_modules: tuple[str, ...] = ()  # paths of what belongs to the head alone
+    new_modules: tuple[str, ...] = ()  # those of them that the checkpoint did not have
+
+    def __init__(self, config, head: str = "causal_lm", labels: tuple[str, ...] = ()):
+        if head not in self.heads:
+            raise ValueError(f"{type(self).__name__} has no head {head!r}; it has {', '.join(self.heads)}")
+        if bool(labels) != (head in CLASSIFIERS):
+            raise ValueError(f"labels {labels} with head {head!r}: classifiers, and only they, have labels")
         super().__init__()
-        self.config = config
+        self.config, self.head_kind, self.labels = config, head, tuple(labels)
         self.source = ""  # what load_model was asked for, and the dtype
         self.loaded_dtype = ""
         self.adapters = Adapters(self)
@@ -55,6 +69,15 @@ class LanguageModel(nn.Module):
         self.gradient_checkpointing = False  # recompute each block in the backward
         self.quantization = ()  # a quant.Quantization for each time that layers were quantized
         self.quantization_table = ()  # what that did to each layer
+
+    @property
+    def architecture(self) -> str:
+        """What config.json calls this family with this head."""
+        return self.config.family + HEADS[self.head_kind]
+
+    def to_hf(self) -> dict:
+        """config.json."""
+        return {"architectures": [self.architecture], **self.config.to_hf(), **label_fields(self.labels)}
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -66,6 +89,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> nn.Module:
+        """The last layer: linear, or nn.Identity where the head is "none"."""
         raise NotImplementedError
 
     @property
@@ -83,8 +107,9 @@ class LanguageModel(nn.Module):
         position_ids=None,
         prefix_kv=None,
         cache=None,
+        **more,
     ):
-        """Hidden states (B, T, D) before the head.
+        """Hidden states (B, T, D) before the head; `more` is what a family takes besides.
 
         input_ids (B, T), or inputs_embeds (B, T, D) in their place. attention_mask (B, S) is 1 on real
         tokens, over the tokens in the cache and the new ones. position_ids (B, T) follow the mask by
@@ -96,7 +121,7 @@ class LanguageModel(nn.Module):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T = x.shape[1]
         extended = with_virtual_tokens(self, x, attention_mask, position_ids, prefix_kv, cache)
-        return self.run_blocks(*extended, cache)[:, extended[0].shape[1] - T :]
+        return self.run_blocks(*extended, cache, **more)[:, extended[0].shape[1] - T :]
 
     def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
         """The blocks and the last norm on embeddings (B, T, D), virtual ones included; -> the same shape."""
@@ -116,6 +141,10 @@ class LanguageModel(nn.Module):
         """A KV cache of just that capacity."""
         raise NotImplementedError
 
+    def pool(self, hidden, input_ids=None, attention_mask=None):
+        """What a sequence classifier's head reads of each text: (B, T, D) -> (B, D)."""
+        return last_token(hidden, attention_mask)
+
     def forward(
         self,
         input_ids=None,
@@ -124,11 +153,19 @@ class LanguageModel(nn.Module):
         position_ids=None,
         prefix_kv=None,
         cache=None,
+        **more,
     ):
-        """Logits (B, T, V); arguments as in `backbone`."""
-        return self.head(
-            self.backbone(input_ids, inputs_embeds, attention_mask, position_ids, prefix_kv, cache)
+        """Logits; arguments as in `backbone`.
+
+        (B, T, V) of language models, (B, labels) of sequence classifiers, (B, T, labels) of token
+        classifiers, (B, T, 2) for the start and the end of an answer; hidden states where the head is "none".
+        """
+        hidden = self.backbone(
+            input_ids, inputs_embeds, attention_mask, position_ids, prefix_kv, cache, **more
         )
+        if self.head_kind == "sequence_classification":
+            hidden = self.pool(hidden, input_ids, attention_mask)
+        return self.head(hidden)
 
     @property
     def virtual_tokens(self) -> int:
@@ -152,6 +189,10 @@ class LanguageModel(nn.Module):
     def device(self):
         return self.embed_weight.device
 
+    def is_new(self, path: str) -> bool:
+        """Whether a module belongs to what the checkpoint did not have."""
+        return any(path == new or path.startswith(new + ".") for new in self.new_modules)
+
     def block_index(self, path: str) -> int | None:
         """The block that a module path lies in, or None outside the blocks."""
         found = re.match(re.escape(self.blocks_path) + r"\.(\d+)\.", path)
@@ -163,21 +204,41 @@ def positions(attention_mask: torch.Tensor, T: int) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
 
 
-def attend(attention_mask: torch.Tensor | None, T: int) -> torch.Tensor | None:
-    """Who sees whom: mask (B, S) over cached and new tokens -> bool (B, 1, T, S), or None for plain causal.
-
-    Padding on the right needs no mask under causal attention, since no real token looks that way.
-    A padding token sees itself, so that no row of the softmax is empty.
-    """
+def default_positions(attention_mask, T: int, past: int, device) -> torch.Tensor:
+    """(B or 1, T): as `positions`, or counted from what the cache holds where there is no mask."""
     if attention_mask is None:
+        return torch.arange(past, past + T, device=device)[None]
+    return positions(attention_mask, T)
+
+
+def attend(attention_mask: torch.Tensor | None, T: int, S: int, window: int | None = None, device=None):
+    """Who sees whom: mask (B, S) over cached and new tokens -> bool (B or 1, 1, T, S), or None for causal.
+
+    With a window, a token sees itself and the window - 1 tokens before it. Padding on the right needs no mask
+    under causal attention, since no real token looks that way. A padding token sees itself, so that no row of
+    the softmax is empty.
+    """
+    narrow = window is not None and window < S
+    mask = None if attention_mask is None else attention_mask.bool()
+    if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        mask = None
+    if mask is None and not narrow:
         return None
-    mask = attention_mask.bool()
-    S = mask.shape[1]
-    if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    device = device if attention_mask is None else attention_mask.device
+    allowed = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if narrow:
+        allowed = allowed.triu(S - T - window + 1)
+    if mask is None:
+        return allowed[None, None]
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]
+    return (allowed & mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
+
+
+def attend_everywhere(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of an encoder, whose tokens see every real token: bool (B, 1, 1, S), or None for all."""
+    if attention_mask is None or bool(attention_mask.all()):
         return None
-    causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
-    itself = torch.eye(S, dtype=torch.bool, device=mask.device)[S - T :]
-    return (causal & mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
+    return attention_mask.bool()[:, None, None]
 
 
 def stands_alone(layer: nn.Module) -> bool:

@@ -47,13 +47,18 @@ class Normalize(torch.autograd.Function):
         return g.sub_(n.mul_(mean)).mul_(rstd).to(dy.dtype), dweight, None
 
 
-def rotary_tables(position_ids, head_dim: int, theta: float, dtype):
-    """cos and signed sin of position * theta^(-2i/hd) for `rotate`: (B, T) -> two (B, 1, T, hd), from fp32.
+def rotary_frequencies(head_dim: int, theta: float, device=None) -> torch.Tensor:
+    """theta^(-2i/hd) for the pairs i of a head: (hd/2,) fp32. Source: Su et al. 2021, section 3.2.2."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return theta**-exponent
+
+
+def rotary_tables(position_ids, frequencies, dtype):
+    """cos and signed sin of position * frequency for `rotate`: (B, T) -> two (B, 1, T, hd), from fp32.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, hd/2)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, hd/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -91,3 +96,13 @@ class KVCache:
     def advance(self, T: int) -> None:
         """All blocks have appended their T tokens."""
         self.length += T
+
+    def reorder(self, rows) -> None:
+        """Text i goes on from what text rows[i] was; other storage is allocated only for another number."""
+        blocks, B, *rest = self.keys.shape  # (blocks, B, KV, capacity, hd)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old if len(rows) == B else old.new_empty(blocks, len(rows), *rest)
+            new[..., : self.length, :] = old[:, rows, :, : self.length]
+            setattr(self, name, new)
+        self.virtual = None if self.virtual is None else self.virtual[rows]

@@ -7,7 +7,8 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 arXiv:2305.13245. Module names and the split-half rotary layout are those of Hugging Face checkpoints.
 """
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,14 +16,75 @@ import torch.nn.functional as F
 from torch import nn
 
 from minift.kernels.attention import attention
-from minift.models.interface import Dims, LanguageModel, attend, positions
-from minift.models.layers import KVCache, RMSNorm, rotary_tables, rotate
+from minift.models.config import ModelConfig, check_choice, check_multiple
+from minift.models.interface import Dims, LanguageModel, attend, default_positions
+from minift.models.layers import KVCache, RMSNorm, rotary_frequencies, rotary_tables, rotate
 from minift.models.wrappers import innermost
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """Field names of config.json."""
+class RopeScaling:
+    """Rotary frequencies for texts longer than those of the pre-training.
+
+    linear: w / factor (Chen et al. 2023, arXiv:2306.15595). llama3: w / factor for waves that turn fewer than
+    low_freq_factor times in the original context, w for more than high_freq_factor, in between a mean by
+    the number of turns (Llama 3.1's reference code, `apply_scaling`).
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        """Frequencies (hd/2,) -> scaled ones."""
+        if self.rope_type == "linear":
+            return w / self.factor
+        turns = self.original_max_position_embeddings * w / (2 * math.pi)
+        share = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - share) * w / self.factor + share * w
+
+    @classmethod
+    def from_hf(cls, table: dict) -> "RopeScaling | None":
+        """From `rope_scaling` or `rope_parameters` of config.json."""
+        table = dict(table)
+        kind = table.pop("rope_type", table.pop("type", "default"))
+        table.pop("type", None), table.pop("rope_theta", None)
+        if table.pop("partial_rotary_factor", 1) != 1 or kind not in ROPE_FIELDS:
+            raise ValueError(
+                f"config.json: rotary scaling {kind!r} {table} is not supported; supported: "
+                f"rope_type {', '.join(ROPE_FIELDS)} over the whole head"
+            )
+        if kind == "default":
+            return None
+        wanted = {"factor", *ROPE_FIELDS[kind]}
+        if table.keys() != wanted or not all(_positive(value) for value in table.values()):
+            raise ValueError(
+                f"config.json: rotary scaling {kind!r} has {table}; it needs, all positive: "
+                f"{', '.join(sorted(wanted))}"
+            )
+        if kind == "llama3" and not table["low_freq_factor"] < table["high_freq_factor"]:
+            raise ValueError("config.json: low_freq_factor must be below high_freq_factor")
+        return cls(kind, **table)
+
+
+ROPE_FIELDS = {
+    "default": (),
+    "linear": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}  # model_type -> name in architectures
+MISTRAL_WINDOW = 4096  # where a Mistral's config.json says nothing
+
+
+def _positive(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+@dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    """Llama 2 and 3, SmolLM2; Mistral (a window); Qwen2 and 2.5 (biases on q, k and v)."""
 
     vocab_size: int
     hidden_size: int
@@ -35,88 +97,100 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    max_window_layers: int = 0  # blocks before this one see everything
+    pad_token_id: int | None = None
+
+    MUST_BE: ClassVar = {
+        "hidden_act": ("silu",),
+        "quantization_config": (None,),
+        "auto_map": (None,),
+        "partial_rotary_factor": (None, 1),
+    }
+    MAY_BE_ZERO: ClassVar = ("max_window_layers", "pad_token_id")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float else field.type
-            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
-                raise ValueError(f"config.json: {field.name} is {value!r}, expected {field.type.__name__}")
-            if field.type in (int, float) and not value > 0:
-                raise ValueError(f"config.json: {field.name} is {value}; it must be positive")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        super().__post_init__()
+        check_choice(self, "model_type", FAMILIES)
+        check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        if self.attention_bias and self.model_type != "llama":
+            raise ValueError(
+                f"config.json: attention_bias with model_type {self.model_type!r} is not supported; "
+                "supported: model_type 'llama'"
+            )
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.model_type]
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or self.model_type == "qwen2"
+
+    def window(self, block: int) -> int | None:
+        """How many tokens a block sees, itself included, or None for all."""
+        return self.sliding_window if block >= self.max_window_layers else None
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlamaConfig":
-        """From config.json, old (`rope_theta`) or new form (`rope_parameters`); the unsupported raises."""
-        for name, supported in MUST_BE.items():
-            if config.get(name, supported) not in (supported, None):
-                raise ValueError(
-                    f"config.json: {name} = {config[name]!r} changes the forward and is not "
-                    f"supported; supported: {supported!r}"
-                )
-        rope = config.get("rope_parameters") or {}
-        if not isinstance(rope, dict) or not isinstance(config.get("rope_scaling") or {}, dict):
-            raise ValueError("config.json: rope_parameters and rope_scaling are tables")
-        for table in (rope, config.get("rope_scaling") or {}):
-            kind = table.get("rope_type", table.get("type", "default"))
-            if kind != "default" or table.get("partial_rotary_factor", 1) != 1:
-                raise ValueError(
-                    f"config.json: rotary scaling {table} is not supported; supported: "
-                    "rope_type 'default' over the whole head"
-                )
-        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        missing = [
-            n
-            for n in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            )
-            if n not in values
+        """From config.json, old (`rope_theta`, `rope_scaling`) or new form (`rope_parameters`)."""
+        config = {**config, **_rope(config)}
+        kind = config.get("model_type") or "llama"
+        if kind == "mistral":
+            config.setdefault("sliding_window", MISTRAL_WINDOW)
+        elif kind == "qwen2" and config.get("use_sliding_window"):
+            config.setdefault("max_window_layers", 28)
+        else:
+            config |= {"sliding_window": None, "max_window_layers": 0}
+        D, H = config.get("hidden_size"), config.get("num_attention_heads")
+        if config.get("num_key_value_heads") is None:
+            config["num_key_value_heads"] = H
+        if config.get("head_dim") is None and isinstance(D, int) and isinstance(H, int) and H > 0:
+            config["head_dim"] = D // H
+        found = super().from_hf(config)
+        types = config.get("layer_types")
+        if types is not None and types != found.layer_types():
+            raise ValueError(f"config.json: layer_types {types!r} is not supported with its other fields")
+        return found
+
+    def layer_types(self) -> list[str]:
+        return [
+            "sliding_attention" if self.window(i) else "full_attention" for i in range(self.num_hidden_layers)
         ]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        D, H = values["hidden_size"], values["num_attention_heads"]
-        if not isinstance(D, int) or not isinstance(H, int) or H < 1:
-            raise ValueError(
-                f"config.json: hidden_size is {D!r} and num_attention_heads {H!r}; both are counts"
-            )
-        values.setdefault("head_dim", D // H)
-        return cls(**values)
 
     def to_hf(self) -> dict:
-        values = asdict(self)
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_parameters": rope,
-            **values,
-        }
+        values = super().to_hf()
+        scaling = values.pop("rope_scaling") or {"rope_type": "default"}
+        rope = {name: value for name, value in scaling.items() if value is not None}
+        values["rope_parameters"] = {**rope, "rope_theta": self.rope_theta}
+        if self.model_type != "qwen2":
+            del values["max_window_layers"]
+        if self.model_type == "llama":
+            del values["sliding_window"]
+        else:
+            del values["attention_bias"], values["mlp_bias"]
+        if self.model_type == "qwen2":
+            values["use_sliding_window"] = self.sliding_window is not None
+            values["layer_types"] = self.layer_types()
+        return values
 
 
-# Fields of config.json that change the forward, with the one value that this file computes.
-MUST_BE = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-}
+def _rope(config: dict) -> dict:
+    """rope_theta and rope_scaling of either form of config.json."""
+    tables = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(table, dict) for table in tables):
+        raise ValueError("config.json: rope_parameters and rope_scaling are tables")
+    scalings = [s for s in map(RopeScaling.from_hf, tables) if s is not None]
+    thetas = {t["rope_theta"] for t in (config, *tables) if t.get("rope_theta") is not None}
+    if len(thetas) > 1 or any(s != scalings[0] for s in scalings):
+        raise ValueError(f"config.json: rope_theta, rope_parameters and rope_scaling disagree: {tables}")
+    return {"rope_scaling": next(iter(scalings), None), "rope_theta": next(iter(thetas), 10000.0)}
 
 
 class Attention(nn.Module):
@@ -124,10 +198,10 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         D, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, q * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(q * self.head_dim, D, bias=False)
+        self.q_proj = nn.Linear(D, q * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, kv * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, kv * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q * self.head_dim, D, bias=config.attention_bias)
 
     def forward(self, x, rotary, mask, prefix, cache):
         B, T, _ = x.shape
@@ -146,9 +220,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -177,10 +252,26 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Llama(LanguageModel):
-    """`LlamaForCausalLM` of config.json: backbone as above, head tied to the embedding or not."""
+HEAD_NAMES = {
+    "causal_lm": "lm_head",
+    "sequence_classification": "score",
+    "token_classification": "score",
+    "question_answering": "qa_outputs",
+    "none": "head_of_none",
+}
 
-    blocks_path = "model.layers"
+
+class Llama(LanguageModel):
+    """`LlamaForCausalLM` of config.json and its siblings: the decoder above under one of the heads."""
+
+    heads: ClassVar = (
+        "causal_lm",
+        "sequence_classification",
+        "token_classification",
+        "question_answering",
+        "none",
+    )
+    trunks: ClassVar = ("model", "transformer")
     sites: ClassVar = {
         "attn_out": ("self_attn.o_proj",),
         "ffn": ("mlp",),
@@ -188,18 +279,33 @@ class Llama(LanguageModel):
         "ffn_out": ("mlp.down_proj",),
         "k": ("self_attn.k_proj",),
         "v": ("self_attn.v_proj",),
-        "norms": ("input_layernorm", "post_attention_layernorm", "model.norm"),
+        "norms": ("input_layernorm", "post_attention_layernorm", "norm"),
     }
-    ignored_keys = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from rope_theta
+    ignored_keys: ClassVar = (r".*\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from rope_theta
+    head_keys: ClassVar = (r"lm_head\.weight", r"score\..*", r"qa_outputs\..*")
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config)
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    def __init__(self, config: LlamaConfig, head: str = "causal_lm", labels: tuple[str, ...] = ()):
+        super().__init__(config, head, labels)
+        answers = head == "question_answering" and config.model_type != "mistral"
+        self.trunk = "transformer" if answers else "model"  # transformers' names
+        self.blocks_path = f"{self.trunk}.layers"
+        self.add_module(self.trunk, Decoder(config))
+        D = config.hidden_size
+        self.head_modules = (HEAD_NAMES[head],)
+        if head == "none":
+            self.add_module(HEAD_NAMES[head], nn.Identity())
+        else:
+            outputs = {"causal_lm": config.vocab_size, "question_answering": 2}.get(head, len(labels))
+            biased = head in ("token_classification", "question_answering")
+            self.add_module(HEAD_NAMES[head], nn.Linear(D, outputs, bias=biased))
         self.tie_weights()
 
-    embed = property(lambda self: self.model.embed_tokens)
-    head = property(lambda self: self.lm_head)
+    @property
+    def decoder(self) -> Decoder:
+        return getattr(self, self.trunk)
+
+    embed = property(lambda self: self.decoder.embed_tokens)
+    head = property(lambda self: getattr(self, HEAD_NAMES[self.head_kind]))
 
     @property
     def dims(self) -> Dims:
@@ -214,102 +320,28 @@ class Llama(LanguageModel):
         )
 
     def tie_weights(self):
-        if self.config.tie_word_embeddings:
-            innermost(self.lm_head).weight = innermost(self.model.embed_tokens).weight
+        if self.config.tie_word_embeddings and self.head_kind == "causal_lm":
+            innermost(self.head).weight = innermost(self.embed).weight
 
     def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
-        T, past = x.shape[1], 0 if cache is None else cache.length
+        c, T, past = self.config, x.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
-            position_ids = (
-                torch.arange(past, past + T, device=x.device)[None]
-                if attention_mask is None
-                else positions(attention_mask, T)
-            )
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
-        mask = attend(attention_mask, T)
-        for i, block in enumerate(self.model.layers):
-            x = self.run_block(block, x, rotary, mask, None if prefix_kv is None else prefix_kv[i], cache)
+            position_ids = default_positions(attention_mask, T, past, x.device)
+        rotary = rotary_tables(position_ids, self.frequencies(x.device), x.dtype)
+        S = past + T if attention_mask is None else attention_mask.shape[1]
+        masks = {w: attend(attention_mask, T, S, w, x.device) for w in {c.window(0), c.sliding_window}}
+        for i, block in enumerate(self.decoder.layers):
+            prefix = None if prefix_kv is None else prefix_kv[i]
+            x = self.run_block(block, x, rotary, masks[c.window(i)], prefix, cache)
         if cache is not None:
             cache.advance(T if prefix_kv is None else T + prefix_kv[0][0].shape[2])
-        return self.model.norm(x)
+        return self.decoder.norm(x)
+
+    def frequencies(self, device) -> torch.Tensor:
+        """Of the rotary pairs of a head: (hd/2,)."""
+        c = self.config
+        w = rotary_frequencies(c.head_dim, c.rope_theta, device)
+        return w if c.rope_scaling is None else c.rope_scaling(w)
 
     def make_cache(self, B: int, capacity: int) -> KVCache:
         return KVCache(B, capacity, self.dims, self.dtype, self.device)
-
-
-# GGUF: metadata keys and tensor names of the same architecture (gguf-py's MODEL_ARCH.LLAMA).
-GGUF_FIELDS = {
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "num_hidden_layers": "llama.block_count",
-    "num_attention_heads": "llama.attention.head_count",
-    "num_key_value_heads": "llama.attention.head_count_kv",
-    "max_position_embeddings": "llama.context_length",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "rope_theta": "llama.rope.freq_base",
-}
-GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def gguf_config(metadata: dict, tensor_shapes: dict) -> dict:
-    """The config.json that says the same as a GGUF file's metadata."""
-    config = {"model_type": metadata.get("general.architecture")}
-    for name, key in GGUF_FIELDS.items():
-        if key in metadata:
-            config[name] = metadata[key]
-    if "token_embd.weight" in tensor_shapes:
-        config["vocab_size"] = tensor_shapes["token_embd.weight"][0]
-    config["tie_word_embeddings"] = "output.weight" not in tensor_shapes
-    if "llama.attention.key_length" in metadata:
-        config["head_dim"] = metadata["llama.attention.key_length"]
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"]}
-    rotated = metadata.get("llama.rope.dimension_count")
-    if rotated is not None and rotated != config.get("head_dim", _head_dim(config)):
-        raise ValueError(
-            f"the GGUF file rotates {rotated} dimensions of each head, not all of them; not supported"
-        )
-    if metadata.get("llama.rope.scale_linear", 1.0) != 1.0:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": metadata["llama.rope.scale_linear"]}
-    return config
-
-
-def _head_dim(config: dict) -> int:
-    return config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
-
-
-def gguf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name stays as it is."""
-    parts = name.split(".")
-    if parts[0] == "blk" and len(parts) == 4 and parts[2] in GGUF_NAMES:
-        return f"model.layers.{parts[1]}.{GGUF_NAMES[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in GGUF_NAMES:
-        return f"{GGUF_NAMES[parts[0]]}.{parts[1]}"
-    return name
-
-
-def gguf_rows(name: str, config: LlamaConfig) -> torch.Tensor | None:
-    """Row order that turns a stored q or k, interleaved for rotary pairs (2i, 2i+1), into split halves.
-
-    Stored row (head, i, half) is wanted at (head, half, i); None for tensors stored as they are.
-    """
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-        name.split(".")[-2]
-    )
-    if heads is None:
-        return None
-    rows = torch.arange(heads * config.head_dim)
-    return rows.view(heads, config.head_dim // 2, 2).transpose(1, 2).reshape(-1)

@@ -1,7 +1,8 @@
 """Which modules a rule means.
 
 A rule is a name (`q_proj`, `self_attn.q_proj`, or a whole path: the path ends with it, at a dot), a glob over
-the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer but the head.
+the whole path (`model.layers.1?.mlp.*`), or `all-linear`: every linear layer but the head and all that is
+new in it.
 """
 
 import difflib
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from minift.models.interface import LanguageModel
-from minift.models.wrappers import base_layers, get_module
+from minift.models.wrappers import base_layers, path_of
 
 ALL_LINEAR = "all-linear"
 
@@ -48,7 +49,8 @@ def match(
     @cache
     def hits(rule):
         if rule == ALL_LINEAR:
-            return [p for p in paths if p in linear and get_module(model, p) is not model.head]
+            head = path_of(model, model.head)
+            return [p for p in paths if p in linear and p != head and not model.is_new(p)]
         return [p for p in paths if fits(p, rule)]
 
     for field, rules in zip(fields, (target_modules, exclude_modules), strict=True):

@@ -8,70 +8,58 @@ Nothing is unpickled: .bin and .pt files are refused.
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from minift.models import llama
+from minift.models import gguf_llama
+from minift.models.disk import replacing
 from minift.models.gguf_file import dequantize, read_gguf
+from minift.models.heads import start_parameter
+from minift.models.json_file import read_json
+from minift.models.llama import LlamaConfig
+from minift.models.safetensors_file import StoredTensor, open_safetensors, write_tensors
 
+INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**22  # of fp32 rows in flight while loading
-SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
+SHARD_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,116}\.safetensors")
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is still on disk: rows(start, stop) reads part of its first dimension."""
-
-    shape: tuple[int, ...]
-    rows: Callable[[int, int], torch.Tensor]
-
-
-def open_folder(folder: Path, files: ExitStack) -> tuple[dict, dict[str, StoredTensor]]:
+def open_folder(folder: Path) -> tuple[dict, dict[str, StoredTensor]]:
     """config.json and the tensors of model.safetensors, or of the shards in model.safetensors.index.json."""
     config = read_json(
         folder / "config.json", "a Hugging Face model folder holds config.json and *.safetensors"
     )
-    index = folder / "model.safetensors.index.json"
-    weight_map = read_json(index, "").get("weight_map") if index.exists() else None
-    if index.exists() and not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map")
-    shards = (
-        sorted({str(shard) for shard in weight_map.values()})
-        if weight_map is not None
-        else ["model.safetensors"]
-    )
-    tensors = {}
-    for shard in shards:
-        if not SHARD_NAME.fullmatch(str(shard)):
-            raise ValueError(f"{index}: {shard!r} is no plain file name ending in .safetensors")
-        opened = open_safetensors(folder / shard, files)
-        for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        return config, open_safetensors(folder / "model.safetensors")[0]
+    weight_map = _weight_map(index)
+    tensors, places = {}, {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in open_safetensors(folder / shard)[0].items():
             if name in tensors:
-                raise ValueError(f"{folder}: {name} stands in two shards")
-            part = opened.get_slice(name)
-            tensors[name] = StoredTensor(tuple(part.get_shape()), lambda a, b, part=part: part[a:b])
-    if weight_map is not None and set(weight_map) != set(tensors):
-        raise ValueError(f"{index} and the shards disagree: {_some(set(weight_map) ^ set(tensors))}")
+                raise ValueError(f"{folder}: {name} stands in two shards, {places[name]} and {shard}")
+            tensors[name], places[name] = tensor, shard
+    if weight_map != places:
+        wrong = {name for name in weight_map | places if weight_map.get(name) != places.get(name)}
+        raise ValueError(f"{index} and the shards disagree: {_some(wrong)}")
     return config, tensors
 
 
-def open_safetensors(path: Path, files: ExitStack):
-    if not path.is_file():
-        pickled = [p.name for p in path.parent.glob("*.bin")]
-        hint = f" ({pickled[0]} is a pickle and is never read; convert it to safetensors)" if pickled else ""
-        raise ValueError(f"{path} is missing{hint}")
-    try:
-        return files.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}); fetch it again") from None
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, a plain file name."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+            raise ValueError(
+                f"{index}: {str(shard)[:200]!r} is no plain file name ending in .safetensors, of at most "
+                "128 letters, digits and ._-"
+            )
+    return weight_map
 
 
 def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
@@ -82,11 +70,11 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
             f"{path}: GGUF architecture {metadata.get('general.architecture')!r} is not supported; "
             "supported: 'llama'"
         )
-    config = llama.gguf_config(metadata, {name: t.shape for name, t in stored.items()})
-    parsed = llama.LlamaConfig.from_hf(config)
+    config = gguf_llama.gguf_config(metadata, {name: t.shape for name, t in stored.items()})
+    parsed = LlamaConfig.from_hf(config)
     tensors = {}
     for name, tensor in stored.items():
-        order = llama.gguf_rows(llama.gguf_name(name), parsed) if name.startswith("blk.") else None
+        order = gguf_llama.gguf_rows(gguf_llama.gguf_name(name), parsed) if name.startswith("blk.") else None
 
         def rows(start, stop, tensor=tensor, order=order):
             wanted = slice(start, stop) if order is None else order[start:stop].numpy()
@@ -95,27 +83,94 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
         def vector(start, stop, tensor=tensor):
             return torch.from_numpy(dequantize(tensor, slice(0, 1))).view(-1)[start:stop]
 
-        tensors[llama.gguf_name(name)] = StoredTensor(tensor.shape, rows if len(tensor.shape) > 1 else vector)
+        tensors[gguf_llama.gguf_name(name)] = StoredTensor(
+            tensor.shape, rows if len(tensor.shape) > 1 else vector
+        )
     return {"architectures": ["LlamaForCausalLM"], **config}, tensors
 
 
+def renamed(model: nn.Module, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors under the model's own names, in its orientation, without those it ignores."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for key, stored in tensors.items():
+        if any(re.fullmatch(pattern, key) for pattern in model.ignored_keys):
+            continue
+        weight, dot, beside = key.partition(".weight.")  # bitsandbytes stores more beside a weight
+        name = _own_name(model, own, f"{weight}.weight" if dot else key) + (f".{beside}" if dot else "")
+        if name in found:
+            raise ValueError(f"the checkpoint stores {name} twice, the second time as {key}")
+        found[name] = _transposed(stored) if _is_transposed(model, name) else stored
+    return found
+
+
+def _own_name(model: nn.Module, own: set[str], key: str) -> str:
+    """Checkpoints differ in what they call the part without the head; an unknown key stays as it is."""
+    for pattern, new in model.renamed_keys:
+        key = re.sub(pattern, new, key)
+    if key in own:
+        return key
+    for trunk in ("", *model.trunks):
+        if not trunk or key.startswith(trunk + "."):
+            name = f"{model.trunk}.{key.removeprefix(trunk).lstrip('.')}".lstrip(".")
+            if name in own:
+                return name
+    return key
+
+
+def _is_transposed(model: nn.Module, name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in model.transposed)
+
+
+def _transposed(stored: StoredTensor) -> StoredTensor:
+    if len(stored.shape) != 2:
+        return stored  # of a wrong shape, which is an error later
+    rows, columns = stored.shape
+    return StoredTensor((columns, rows), lambda a, b: stored.rows(0, rows)[:, a:b].T)
+
+
+def take_new_head(model: nn.Module, tensors: dict[str, StoredTensor]) -> None:
+    """Leave out what other heads of the family store; what this head lacks is new."""
+    own = dict(model.named_parameters())  # a tied one once
+    for name in [name for name in tensors if name not in own]:
+        if any(re.fullmatch(pattern, name) for pattern in model.head_keys):
+            del tensors[name]
+    model.new_modules = tuple(
+        path
+        for path in model.head_modules
+        if any(name.startswith(path + ".") for name in own)
+        and not any(name.startswith(path + ".") for name in own.keys() & tensors.keys())
+    )
+
+
+def as_stored(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors as checkpoints hold them: without the trunk's name where there is no head."""
+    prefix = f"{model.trunk}." if model.head_kind == "none" and model.trunk else ""
+    return {
+        name.removeprefix(prefix): tensor.T if _is_transposed(model, name) else tensor
+        for name, tensor in state.items()
+    }
+
+
 def fill(
-    model: nn.Module, tensors: dict[str, StoredTensor], dtype: torch.dtype, device="cpu", place=None
+    model: nn.Module,
+    tensors: dict[str, StoredTensor],
+    dtype: torch.dtype,
+    device="cpu",
+    place=None,
+    seed: int = 0,
 ) -> None:
     """Give a meta-device model its weights, each rounded once to `dtype`; what has weights already keeps
-    them.
+    them, and what is new in the head starts from the seed.
 
     `place(model, name, tensor)` puts one tensor where it belongs: by default, as the parameter of that name.
     """
     place = place or set_parameter
     parameters = {name: p for name, p in model.named_parameters() if p.is_meta}  # a tied head appears once
-    tensors = {
-        name: t
-        for name, t in tensors.items()
-        if not any(re.fullmatch(pattern, name) for pattern in model.ignored_keys)
-    }
+    new = {name for name in parameters if model.is_new(name)}
+    tensors = dict(tensors)
     _check_tied_copies(model, parameters, tensors)
-    missing, unexpected = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    missing, unexpected = sorted(set(parameters) - set(tensors) - new), sorted(set(tensors) - set(parameters))
     if missing or unexpected:
         raise ValueError(
             "the checkpoint does not fit the model:"
@@ -123,13 +178,18 @@ def fill(
             + (f" unexpected {_some(unexpected)}" if unexpected else "")
         )
     for name, parameter in parameters.items():
-        if tensors[name].shape != tuple(parameter.shape):
+        if name not in new and tensors[name].shape != tuple(parameter.shape):
             raise ValueError(
                 f"{name} has shape {tensors[name].shape} in the checkpoint; "
                 f"the config asks for {tuple(parameter.shape)}"
             )
     for name in parameters:
-        place(model, name, _read(name, tensors[name], dtype, device))
+        if name in new:
+            path, _, attribute = name.rpartition(".")
+            start = start_parameter(model.get_submodule(path), attribute, name, dtype, device, seed)
+            place(model, name, start)
+        else:
+            place(model, name, _read(name, tensors[name], dtype, device))
     model.tie_weights()
 
 
@@ -178,75 +238,25 @@ def _check_tied_copies(model, parameters, tensors) -> None:
 
 
 def write_folder(folder, config: dict, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """model.safetensors and config.json, each moved into place when complete."""
+    """model.safetensors and config.json, moved into place when both are on disk, the config last.
+
+    An old config that says something else goes before the new weights come: a crash between the two leaves a
+    folder that does not load, never new weights under an old config.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an older, sharded model
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write beside `path`, flush to disk, rename: an interrupted write leaves the old file as it was.
-
-    The same tensors and metadata give the same bytes.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-
-    def write(part):
-        save_file(tensors, part, metadata)
-        _sort_metadata(part)
-
-    _write_beside(path, write)
-
-
-def _sort_metadata(path: str) -> None:
-    """safetensors writes the metadata in an order that changes from run to run; sort it."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise ValueError(f"the header of {path} does not fit its place: {len(text)} of {size} bytes")
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `write_safetensors`."""
-    _write_beside(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
-
-
-def _write_beside(path: Path, write: Callable[[str], object]) -> None:
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        try:
-            write(part)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def read_json(path: Path, hint: str) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing" + (f"; {hint}" if hint else ""))
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    weights, settings, index = (folder / n for n in ("model.safetensors", "config.json", INDEX))
+    same = settings.is_file() and settings.read_text(encoding="utf-8") == text
+    shards = set()
+    with suppress(ValueError):  # of a damaged index nothing is removed but itself
+        shards = set(_weight_map(index).values())
+    with replacing(weights, settings, removing=(index,) if same else (index, settings)) as [file, config_file]:
+        write_tensors(file, state, {"format": "pt"})
+        config_file.write(text.encode())
+    for shard in shards - {weights.name}:  # of the older, sharded model
+        (folder / shard).unlink(missing_ok=True)
 
 
 def _some(names) -> str:

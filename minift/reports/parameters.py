@@ -17,7 +17,8 @@ from typing import NamedTuple
 from minift.fetch import ALIASES
 from minift.load import DTYPES, build_model, holds_quantized, load_tokenizer
 from minift.methods import apply
-from minift.methods.base import Method, Plan, aligned
+from minift.methods.base import Method
+from minift.methods.plan import Plan, aligned
 from minift.models.interface import LanguageModel, is_quantized
 from minift.models.presets import PRESETS, build_preset, nearest_presets
 from minift.models.slots import Slot

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from minift.load import fresh_folder
-from minift.methods.base import aligned
 from minift.methods.factors import Factors, alpha_for, check_finite, svd, with_ranks
 from minift.methods.files import CONFIG, WEIGHTS
 from minift.methods.fingerprint import fact
 from minift.methods.lora import LoRA, first_fit
 from minift.methods.peft_format import from_config
 from minift.methods.peft_keys import PREFIX
+from minift.methods.plan import aligned
 from minift.methods.rank import advised, edited
 from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from minift.methods.base import training_adapter
 from minift.methods.files import save_adapter
 from minift.models.interface import LanguageModel
-from minift.models.weights import write_folder, write_text
+from minift.models.weights import as_stored, write_folder, write_text
 from minift.training.checkpoint import checkpoints
 from minift.training.log import read_log
 
@@ -64,7 +64,8 @@ def save_trained(model: LanguageModel, output: Path, template: str) -> None:
     if model.adapters[name].method.adapter_file:
         save_adapter(model, output, name, template)
     else:
-        write_folder(output / "model", model.config.to_hf(), dict(model.named_parameters()), model.dtype)
+        state = as_stored(model, dict(model.named_parameters()))
+        write_folder(output / "model", model.to_hf(), state, model.dtype)
 
 
 def keep_until(log: Path, step: int) -> None:

@@ -37,7 +37,14 @@ def left_padding(B, T, S):
     return (kernel.causal_mask(T, S) & real[:, None] | itself)[:, None]
 
 
-def bounds(q, k, v, do, mask):
+def masks(B, T, S):
+    """(mask, causal): plain, padded on the left, all keys, all keys but the padding's."""
+    real = torch.ones(B, 1, 1, S, dtype=torch.bool)
+    real[1:, ..., -(S // 3) or S :] = False
+    return [(None, True), (left_padding(B, T, S), True), (None, False), (real, False)]
+
+
+def bounds(q, k, v, do, mask, causal):
     """fp64 results and componentwise error bounds (rounding rules below), (o, dq, dk, dv) each.
 
     Every product accumulates n terms in fp32, gamma(n) = n 2^-24 / (1 - n 2^-24), and is stored with the
@@ -49,7 +56,9 @@ def bounds(q, k, v, do, mask):
     q, k, v, do = (x.detach().double() for x in (q, k, v, do))
     k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
     T, S = q.shape[2], k.shape[2]
-    mask = (kernel.causal_mask(T, S) if mask is None else mask).expand(*heads, T, S)
+    if mask is None:
+        mask = kernel.causal_mask(T, S) if causal else torch.ones(T, S, dtype=torch.bool)
+    mask = mask.expand(*heads, T, S)
     scale, e = hd**-0.5, 8 * 2.0**-24
 
     def gamma(n):
@@ -76,14 +85,14 @@ def bounds(q, k, v, do, mask):
 
 
 def check(module, dtype=torch.float32, shapes=SHAPES):
-    """Forward and gradients of a module's `attention` within the bounds, with and without padding."""
+    """Forward and gradients of a module's `attention` within the bounds: padded or not, causal or not."""
     worst = 0.0
     for shape in shapes:
-        for mask in (None, left_padding(shape[0], shape[3], shape[4])):
+        for mask, causal in masks(shape[0], shape[3], shape[4]):
             q, k, v, do = inputs(shape, dtype)
-            o = module.attention(q, k, v, mask)
+            o = module.attention(q, k, v, mask, causal)
             results = (o, *torch.autograd.grad(o, (q, k, v), do))
-            exact, allowed = bounds(q, k, v, do, mask)
+            exact, allowed = bounds(q, k, v, do, mask, causal)
             for got, want, bound in zip(results, exact, allowed, strict=True):
                 assert got.shape == want.shape and got.dtype == dtype
                 ratio = ((got.double() - want).abs() / (bound + 1e-300)).max().item()
@@ -100,7 +109,11 @@ def test_forward_and_gradients_stay_within_the_bound(dtype):
 def test_the_reference_equals_the_fused_forward():
     for shape in SHAPES:
         q, k, v, _ = inputs(shape, torch.float64)
-        torch.testing.assert_close(attention_ref(q, k, v), attention(q.detach(), k, v), rtol=0, atol=1e-13)
+        for mask, causal in masks(shape[0], shape[3], shape[4]):
+            reference = attention_ref(q, k, v, mask, causal)
+            torch.testing.assert_close(
+                reference, attention(q.detach(), k, v, mask, causal), rtol=0, atol=1e-13
+            )
 
 
 @pytest.mark.parametrize("rows, slab", [(128, 2**24), (2, 2**24), (128, 40)])
@@ -109,8 +122,10 @@ def test_gradcheck_however_the_rows_are_cut(rows, slab, monkeypatch):
     monkeypatch.setattr(kernel, "SLAB", slab)
     for shape in [(2, 4, 2, 5, 5, 4), (1, 2, 1, 3, 6, 2)]:
         q, k, v, _ = inputs(shape, torch.float64)
-        for mask in (None, left_padding(shape[0], shape[3], shape[4])):
-            assert torch.autograd.gradcheck(lambda q, k, v, m=mask: CPUAttention.apply(q, k, v, m), (q, k, v))
+        for case in masks(shape[0], shape[3], shape[4]):
+            assert torch.autograd.gradcheck(
+                lambda q, k, v, c=case: CPUAttention.apply(q, k, v, *c), (q, k, v)
+            )
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.sampled_from([(1, 1), (4, 2), (6, 3)]))
@@ -135,7 +150,9 @@ MUTANTS = [
     (".tril(S - T)", ".tril(S - T - 1)"),
     (".tril(S - T)", ".tril(0)"),
     ("P.transpose(-1, -2) @ do", "dP.transpose(-1, -2) @ do"),
-    ("seen = stop + S - T if mask is None else S", "seen = max(1, stop + S - T - 1) if mask is None else S"),
+    ("seen = stop + S - T if ctx.causal else S", "seen = max(1, stop + S - T - 1) if ctx.causal else S"),
+    ("ctx.causal = causal and mask is None", "ctx.causal = mask is None"),
+    ("causal = causal and mask is None\n    square", "causal = mask is None\n    square"),
     ("dk[:, :, :seen] += part[1]", "dk[:, :, :seen] = part[1]"),
     ('masked_fill_(~mask, float("-inf"))', "masked_fill_(~mask, -1.0)"),
     ("_softmax_backward_data(dP, P, -1, P.dtype)", "_softmax_backward_data(dP, P, -2, P.dtype)"),

@@ -11,9 +11,10 @@ from torch.func import functional_call
 
 import minift
 from minift.methods import low_rank
-from minift.methods.base import Site, trainable
+from minift.methods.base import trainable
 from minift.methods.lora import LoRA
 from minift.methods.low_rank import LoRAEmbedding, LoRALinear
+from minift.methods.plan import Site
 from minift.methods.trained import Trained
 
 IDS = torch.arange(24).view(2, 12) % 97

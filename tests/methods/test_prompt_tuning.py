@@ -15,10 +15,11 @@ from mutants import survives
 import minift
 from minift.config import build
 from minift.methods import prompt_tuning
-from minift.methods.base import generator, trainable
+from minift.methods.base import trainable
 from minift.methods.prompt_tuning import PromptTuning
 from minift.models.generate import generate
 from minift.models.llama import Llama
+from minift.models.randomness import generator
 from minift.training.evaluation import encode
 from minift.training.settings import TrainConfig
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import tiny_llama
 from torch import nn
 
-from minift.models.layers import rotary_tables
+from minift.models.layers import rotary_frequencies, rotary_tables
 from minift.models.slots import Slot
 
 # Sums of at most 97 terms, 2 blocks of 7 products each, rounded to 2^-53: 2 * 7 * 97 * 2^-53 = 1.5e-13 of the
@@ -59,7 +59,10 @@ def dense(model, x, prefix=None, positions=None):
     prefix = x.new_zeros(4, 2, 0, hd) if prefix is None else prefix
     P = prefix.shape[2]
     positions = torch.arange(P, P + T) if positions is None else positions
-    cos, sin = (t[0, 0, :, hd // 2 :] for t in rotary_tables(positions[None], hd, 10000.0, torch.float64))
+    cos, sin = (
+        t[0, 0, :, hd // 2 :]
+        for t in rotary_tables(positions[None], rotary_frequencies(hd, 10000.0), torch.float64)
+    )
     for i, block in enumerate(model.model.layers):
         attn, mlp, h = block.self_attn, block.mlp, rms(x, block.input_layernorm)
         q, k, v = (

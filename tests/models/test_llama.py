@@ -6,9 +6,10 @@ from conftest import tiny_config, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minift.models.gguf_llama import gguf_name, gguf_rows
 from minift.models.interface import Dims, attend, dense_weight, positions, set_weight
-from minift.models.layers import KVCache, Normalize, RMSNorm, rotary_tables, rotate
-from minift.models.llama import Llama, LlamaConfig, gguf_name, gguf_rows
+from minift.models.layers import KVCache, Normalize, RMSNorm, rotary_frequencies, rotary_tables, rotate
+from minift.models.llama import Llama, LlamaConfig
 from minift.models.wrappers import base_layers
 
 
@@ -32,7 +33,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 
     def score(i, j):
         turned = [
-            rotate(x, *rotary_tables(torch.tensor([[p]]), 16, 10000.0, torch.float64))
+            rotate(x, *rotary_tables(torch.tensor([[p]]), rotary_frequencies(16, 10000.0), torch.float64))
             for x, p in ((q, i), (k, j))
         ]
         assert torch.allclose(turned[0].norm(), q.norm(), rtol=1e-6)
@@ -44,7 +45,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 
 def test_rotation_is_the_split_half_layout():
     x = torch.arange(8.0).view(1, 1, 1, 8)
-    cos, sin = rotary_tables(torch.tensor([[1]]), 8, 10000.0, torch.float32)
+    cos, sin = rotary_tables(torch.tensor([[1]]), rotary_frequencies(8, 10000.0), torch.float32)
     angle = 10000.0 ** (-torch.arange(4.0) / 4)
     want = torch.cat(
         (
@@ -73,8 +74,8 @@ def test_right_padding_and_holes():
     torch.testing.assert_close(
         model(ids, attention_mask=mask)[0, :4], model(ids[:1, :4])[0], rtol=0, atol=1e-10
     )
-    assert attend(mask, 6) is None  # no real token looks to its right
-    assert attend(torch.cat((torch.ones(2, 3), mask), 1), 6) is None  # nor behind a prefix
+    assert attend(mask, 6, 6) is None  # no real token looks to its right
+    assert attend(torch.cat((torch.ones(2, 3), mask), 1), 6, 9) is None  # nor behind a prefix
     hole = torch.tensor([[1, 0, 1, 1, 1, 1]])
     without = model(torch.cat((ids[:1, :1], ids[:1, 2:]), 1))
     torch.testing.assert_close(model(ids[:1], attention_mask=hole)[:, 2:], without[:, 1:], rtol=0, atol=1e-10)
@@ -164,13 +165,29 @@ def test_both_forms_of_rotary_settings():
     assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"attention_bias": True, "model_type": "qwen2"}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, "rotary scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2}, "rope_scaling": LLAMA3}, "disagree"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "disagree"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+        ({"num_hidden_layers": 2000}, "at most 1024"),
+        ({"vocab_size": 2**40}, "at most"),
         ({"num_key_value_heads": 3}, "no multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"vocab_size": 0}, "must be positive"),

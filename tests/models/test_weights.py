@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import minift
 from minift.models.gguf_file import read_gguf
-from minift.models.llama import GGUF_NAMES, gguf_rows
+from minift.models.gguf_llama import GGUF_NAMES, gguf_rows
 
 
 @pytest.fixture
