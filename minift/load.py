@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from minift.data import tokenizer as tokenizers
 from minift.fetch import ALIASES, cached
 from minift.memory import release_free_memory
 from minift.models import MODELS, weights
+from minift.models.disk import never_read, open_file, write_text
 from minift.models.gguf_file import read_gguf
 from minift.models.heads import CLASSIFIERS, asked_head, check_problem, default_labels, read_labels
 from minift.models.interface import LanguageModel, is_quantized
@@ -38,7 +38,9 @@ def locate(source: str | Path) -> Path:
 
 def _is_gguf(path: Path) -> bool:
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"{path} is neither a folder nor a .gguf file")
+        with open_file(path.resolve()) as file:
+            start = file.read(512)
+        raise ValueError(never_read(path, start) or f"{path} is neither a folder nor a .gguf file")
     return path.is_file()
 
 
@@ -73,22 +75,21 @@ def load_model(
     recipe = Quantization(quantize) if isinstance(quantize, str) else quantize
     if not isinstance(recipe, Quantization | None):
         raise ValueError(f"quantize is {quantize!r}; give a format such as 'nf4', a Quantization, or None")
-    with ExitStack() as files:
-        model, tensors = _open(source, files, head, num_labels, labels)
-        _take_quantized(model, tensors, DTYPES[dtype], device)
-        chosen = set(layers_to_quantize(model, recipe)) if recipe else set()
-        rows = []
+    model, tensors = _open(source, head, num_labels, labels)
+    _take_quantized(model, tensors, DTYPES[dtype], device)
+    chosen = set(layers_to_quantize(model, recipe)) if recipe else set()
+    rows = []
 
-        def place(model, name, tensor):
-            weights.set_parameter(model, name, tensor)
-            path = name.removesuffix(".weight")
-            if path in chosen:
-                layer, row = quantize_layer(model.get_submodule(path), recipe, path)
-                replace_module(model, path, layer)
-                rows.append(row)
-                release_free_memory()
+    def place(model, name, tensor):
+        weights.set_parameter(model, name, tensor)
+        path = name.removesuffix(".weight")
+        if path in chosen:
+            layer, row = quantize_layer(model.get_submodule(path), recipe, path)
+            replace_module(model, path, layer)
+            rows.append(row)
+            release_free_memory()
 
-        weights.fill(model, tensors, DTYPES[dtype], device, place, seed)
+    weights.fill(model, tensors, DTYPES[dtype], device, place, seed)
     if recipe:
         record(model, recipe, rows)
     model.loaded_dtype = dtype
@@ -126,20 +127,18 @@ def _take_quantized(model: LanguageModel, tensors: dict, dtype: torch.dtype, dev
 
 def holds_quantized(source: str | Path) -> bool:
     """Whether a source is a 4-bit checkpoint already."""
-    with ExitStack() as files:
-        return bool(bnb.quantized_paths(_open(source, files)[1]))
+    return bool(bnb.quantized_paths(_open(source)[1]))
 
 
 def build_model(source: str | Path, head: str | None = None, num_labels: int | None = None) -> LanguageModel:
     """The model of a source on the meta device: all shapes, no weights."""
-    with ExitStack() as files:
-        return _open(source, files, head, num_labels)[0]
+    return _open(source, head, num_labels)[0]
 
 
-def _open(source, files: ExitStack, head=None, num_labels=None, labels=None):
+def _open(source, head=None, num_labels=None, labels=None):
     """(model on the meta device, its tensors on disk)."""
     path = locate(source)
-    config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path, files)
+    config, tensors = weights.open_gguf(path) if _is_gguf(path) else weights.open_folder(path)
     family, config_class, stored = _family(config, path)
     bnb.check_config(config)
     if config.pop("quantization_config", None) and not bnb.quantized_paths(tensors):
@@ -147,8 +146,14 @@ def _open(source, files: ExitStack, head=None, num_labels=None, labels=None):
     head, num_labels = asked_head(head, num_labels)
     kind = head or stored
     labels = _labels(config, kind, kind == stored, num_labels, labels)
+    parsed = config_class.from_hf(config)
+    blocks = sum(getattr(parsed, name) or 0 for name in parsed.BLOCKS)
+    if blocks > len(tensors):  # before that many are made
+        raise ValueError(
+            f"{path}: the config asks for {blocks} blocks; the checkpoint has {len(tensors)} tensors"
+        )
     with shapes_only():
-        model = family(config_class.from_hf(config), kind, labels)
+        model = family(parsed, kind, labels)
     model.source = str(source)
     tensors = weights.renamed(model, tensors)
     if kind != stored:
@@ -177,7 +182,7 @@ def _labels(config: dict, head: str, is_stored: bool, num_labels: int | None, la
     if head not in CLASSIFIERS:
         if num_labels is not None:
             raise ValueError(
-                f"num_labels and labels belong to {' and '.join(CLASSIFIERS)}; the head is {head!r}"
+                f"num_labels and labels are for {' and '.join(CLASSIFIERS)}; the head is {head!r}"
             )
         return ()
     if not is_stored:
@@ -208,10 +213,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
-    weights.write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
-    weights.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
     ends = {"eos_token_id": list(tokenizer.eos_ids)}
-    weights.write_text(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
+    write_text(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
 
 
 def fresh_folder(output: str | Path) -> Path:

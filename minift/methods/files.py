@@ -12,7 +12,6 @@ selective hold the trained parameters under the base's own names.
 
 import dataclasses
 import json
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,11 +27,13 @@ from minift.methods.fingerprint import (
     fingerprint,
     template_hash,
 )
-from minift.methods.peft_format import from_config, to_config
-from minift.methods.peft_keys import PREFIX, our_keys
+from minift.methods.peft_format import from_config, to_config, without_new_head
+from minift.methods.peft_keys import PREFIX, SLOT_PREFIX, our_keys
+from minift.models.disk import write_text
 from minift.models.interface import LanguageModel
+from minift.models.json_file import read_json
+from minift.models.safetensors_file import read_tensors, write_safetensors
 from minift.models.slots import Slot
-from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
 
 CONFIG, WEIGHTS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
 
@@ -98,13 +99,11 @@ def load_adapter(
     """
     folder, resident = Path(folder), list(model.adapters)
     config = read_json(folder / CONFIG, "an adapter folder holds it beside " + WEIGHTS)
-    with ExitStack() as files:
-        opened = open_safetensors(folder / WEIGHTS, files)
-        facts = opened.metadata() or {}
-        stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    stored, facts = read_tensors(folder / WEIGHTS)
     check_facts(model, facts, folder / WEIGHTS, check_base, template)
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
+        config = without_new_head(model, config, folder / CONFIG)
         method, encoder = _read_method(model, folder, config, facts)
         apply(model, method, name)
         adapter = model.adapters[name]
@@ -141,9 +140,14 @@ def _state(adapter) -> dict[str, torch.Tensor]:
     """Key in the file -> tensor."""
     found = {}
     for path, part in adapter.modules.items():
-        prefix = "" if isinstance(part, Slot) else f"{PREFIX}{path}."
+        prefix = "" if isinstance(part, Slot) else f"{_root(adapter)}{path}."
         found |= {prefix + key: tensor for key, tensor in part.state().items()}
     return found
+
+
+def _root(adapter) -> str:
+    """What stands before module paths: PEFT has one level less around a model with virtual tokens."""
+    return SLOT_PREFIX if "" in adapter.modules else PREFIX
 
 
 def _encoder_state(adapter) -> dict[str, torch.Tensor]:
@@ -158,10 +162,8 @@ def _encoder_state(adapter) -> dict[str, torch.Tensor]:
 
 def _read_encoder(folder: Path, exported):
     """(the method with its encoder, the encoder's tensors) of virtual tokens that can be trained further."""
-    with ExitStack() as files:
-        opened = open_safetensors(folder / ENCODER, files)
-        facts = fact(opened.metadata() or {}, "minift.method", folder / ENCODER)
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    tensors, facts = read_tensors(folder / ENCODER)
+    facts = fact(facts, "minift.method", folder / ENCODER)
     name = facts.pop("name", None)
     if not isinstance(name, str) or name not in METHODS or not hasattr(METHODS[name], "num_virtual_tokens"):
         raise ValueError(
@@ -199,12 +201,12 @@ def _fill(adapter, stored: dict, encoder: dict, folder: Path) -> None:
     with torch.no_grad():
         for path, part in adapter.modules.items():
             if isinstance(part, Slot):
-                part.load(encoder if part.encoded else stored)
+                part.load(encoder if part.encoded else {key: stored[key] for key in part.state()})
                 continue
             own = dict(part.named_parameters(recurse=False))
             for parameter, key in part.keys.items():
                 if parameter in own:
-                    own[parameter].copy_(stored[f"{PREFIX}{path}.{key}"])
+                    own[parameter].copy_(stored[f"{_root(adapter)}{path}.{key}"])
         for key, tensor in _state(adapter).items():
             # an encoder's products may be summed in another order elsewhere: a few roundings of fp32
             close = 1e-5 * (1 + tensor.abs().max()) if encoder else 0.0

@@ -1,11 +1,11 @@
 """What an adapter was trained on, as its file's metadata say it: base, other adapters, template, scalings."""
 
 import hashlib
-import json
 
 import torch
 
 from minift.models.interface import LanguageModel
+from minift.models.json_file import parse_json
 from minift.models.wrappers import base_parameters
 
 NO_TEMPLATE = "none"
@@ -25,12 +25,16 @@ def describe_base(model: LanguageModel) -> str:
 def fingerprint(model: LanguageModel) -> str:
     """SHA-256 over the base's parameter names and shapes and, as bf16, the first and last row of each.
 
+    What is new in the head is left out: the adapter has its own.
+
     Of quantized parameters, the first and last 1024 bytes. The same for a base held in fp32 or bf16; wrappers
     and adapters are left out.
     """
     digest = hashlib.sha256()
     base = base_parameters(model)
     for name, p in sorted(base.items()):
+        if model.is_new(name):
+            continue
         digest.update(f"{name}:{tuple(p.shape)}".encode())
         if p.dtype == torch.uint8 and not p.is_meta:
             digest.update(torch.cat((p.detach()[:1024], p.detach()[-1024:])).cpu().numpy().tobytes())
@@ -62,8 +66,8 @@ def template_hash(template: str) -> str:
 def fact(facts: dict[str, str], key: str, where) -> dict:
     """A table in the metadata of a file, empty where there is none."""
     try:
-        table = json.loads(facts.get(key, "{}"))
-    except (ValueError, RecursionError):
+        table = parse_json(facts.get(key, "{}").encode())
+    except ValueError:
         table = None
     if not isinstance(table, dict):
         raise ValueError(f"{where}: {key} in the metadata is no table: {facts[key][:40]!r}")

@@ -23,6 +23,7 @@ from minift.methods.peft_lora import (
 )
 from minift.models.interface import LanguageModel
 from minift.models.targets import fits
+from minift.models.wrappers import bare_modules
 
 # Fields that say nothing about the forward of a loaded adapter.
 INERT = {
@@ -59,20 +60,57 @@ INERT = {
     "tokenizer_name_or_path",
 }
 OWN = ("selective", "bitfit", "bottleneck")  # methods that PEFT does not have
+TASKS = {
+    "causal_lm": "CAUSAL_LM",
+    "masked_lm": None,  # PEFT has no name for it
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "none": "FEATURE_EXTRACTION",
+}
+USUAL_HEADS = ("classifier", "score")  # PEFT lists both for every classifier, whatever its head is called
 
 
 def to_config(model: LanguageModel, adapter) -> dict:
     """adapter_config.json of a resident adapter."""
     method = adapter.method
     common = {
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS[model.head_kind],
         "base_model_name_or_path": model.source,
         "revision": None,
         "inference_mode": True,
     }
     if method.name in OWN:
-        return {**common, "peft_type": method.name.upper(), **asdict(method)}
-    return {**common, **WRITE[method.name](model, adapter)}
+        fields = {"peft_type": method.name.upper(), **asdict(method)}
+    else:
+        fields = WRITE[method.name](model, adapter)
+    saved = [*(fields.get("modules_to_save") or ()), *new_head(model, adapter.plan)]
+    return {**common, **fields, **({"modules_to_save": sorted(saved)} if saved else {})}
+
+
+def new_head(model: LanguageModel, plan) -> list[str]:
+    """The paths of the modules that a plan trains because they are new in the head."""
+    return [new for new in model.new_modules if any(s.path.startswith(new + ".") for s in plan.head)]
+
+
+def without_new_head(model: LanguageModel, config: dict, where) -> dict:
+    """A config whose modules_to_save names nothing that is new in this model and trains anyway."""
+    saved = listed(config.get("modules_to_save"))
+    modules = bare_modules(model)
+    kept = [
+        name
+        for name in saved
+        if not any(fits(path, name) and model.is_new(path) for path in modules)
+        and not (name in USUAL_HEADS and not any(fits(path, name) for path in modules))
+    ]
+    if kept and config.get("peft_type") not in ("LORA", "ADALORA"):
+        raise ValueError(
+            f"{where}: the adapter trained {', '.join(kept)}, a head that its base did not have; load the "
+            "base with minift.load_model(..., head=...) so that it is new here too"
+        )
+    rest = {name: value for name, value in config.items() if name != "modules_to_save"}
+    return {**rest, "modules_to_save": kept} if kept else rest
 
 
 def from_config(config: dict, where) -> Method:
@@ -101,7 +139,7 @@ def from_config(config: dict, where) -> Method:
 
 
 def _write_ia3(model, adapter) -> dict:
-    paths = {path: part.feedforward for path, part in adapter.modules.items()}
+    paths = {site.path: adapter.modules[site.path].feedforward for site in adapter.plan.sites}
     targets, layers = peft_targets(model, list(paths))
     inner = [path for path, feedforward in paths.items() if feedforward]
     mixed = any(len({paths[p] for p in paths if fits(p, target)}) > 1 for target in targets)
@@ -128,7 +166,8 @@ def _read_ia3(config, where) -> Method:
 
 
 def _write_ln(model, adapter) -> dict:
-    return {"peft_type": "LN_TUNING", "target_modules": shortest(model, list(adapter.modules))}
+    own = list(dict.fromkeys(site.path.rpartition(".")[0] for site in adapter.plan.sites))
+    return {"peft_type": "LN_TUNING", "target_modules": shortest(model, own)}
 
 
 def _read_ln(config, where) -> Method:

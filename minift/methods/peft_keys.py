@@ -6,6 +6,7 @@ from minift.models.interface import dense_weight
 from minift.models.wrappers import get_module, innermost
 
 PREFIX = "base_model.model."
+SLOT_PREFIX = "base_model."  # beside virtual tokens
 ADAPTER_PARTS = (
     "lora_A",
     "lora_B",

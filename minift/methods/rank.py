@@ -87,7 +87,7 @@ def set_rank(model: LanguageModel, name: str, r, seed: int = 0) -> Ranks:
     for site in sites:
         if site.path in parts:
             put(parts[site.path], new[site.path].at(site.scaling))
-    plan = Plan(method, sites, adapter.plan.base_parameters)
+    plan = Plan(method, sites, adapter.plan.base_parameters, adapter.plan.head)
     model.adapters[name] = Adapter(method, plan, adapter.modules)
     return ranks
 
