@@ -4,7 +4,7 @@ import os
 import sys
 
 import minift
-from minift import verbs
+from minift import verbs, verbs_disk
 
 USAGE = """minift VERB ...
 
@@ -13,6 +13,7 @@ USAGE = """minift VERB ...
   train CONFIG.toml [--PATH VALUE ...]   fine-tune; --overwrite or --resume for a folder that holds a run
   plan  [CONFIG.toml] [--PATH VALUE ...] what that config would train, without loading weights
   params --model NAME --method lora --r 8 [--by layer|module] [--json]   parameters and bytes from shapes
+  inspect MODEL [--head H --num-labels N] [--quantize nf4] [--plot [FILE]] [--json]   the module tree
   quantize MODEL [--format nf4] [--report [DIR]] [--output DIR]      error of each layer; a 4-bit checkpoint
   merge MODEL --adapter DIR --output DIR [--quantize nf4] [--mode M]  fold an adapter in, with its error
   rank show|advise|set|shrink|grow DIR [--r 4] [--energy 0.99] [--output DIR]    ranks of an adapter folder
@@ -28,8 +29,9 @@ MINIFT_TRACEBACK=1 shows where an error came from"""
 VERBS = {
     verb.__name__: verb
     for verb in (
-        *(verbs.demo, verbs.fetch, verbs.train, verbs.plan, verbs.params, verbs.quantize, verbs.merge),
-        *(verbs.rank, verbs.verify, verbs.tokens, verbs.generate, verbs.env),
+        *(verbs.demo, verbs.fetch, verbs.train, verbs.plan, verbs.params, verbs.generate, verbs.env),
+        *(verbs_disk.inspect, verbs_disk.quantize, verbs_disk.merge, verbs_disk.rank),
+        *(verbs_disk.verify, verbs_disk.tokens),
     )
 }
 

@@ -1,18 +1,13 @@
-"""The verbs of the command: each reads its words and calls the function that does the work.
+"""The verbs that train, count and generate: each reads its words and calls the function that does the work.
 
 Imports stand inside the functions, so that a typing error is told before torch is loaded.
 """
 
-import argparse
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; usage: {self.format_usage().removeprefix('usage: ').strip()}")
+from minift.words import Parser, add_any_base, add_quantization, given, quantization
 
 
 def demo(argv):
-    parser = _Parser("minift demo")
+    parser = Parser("minift demo")
     parser.add_argument(
         "--quick", action="store_true", help="fewer rows and steps, under 90 seconds on 2 cores"
     )
@@ -27,7 +22,7 @@ def demo(argv):
 
 
 def fetch(argv):
-    parser = _Parser("minift fetch")
+    parser = Parser("minift fetch")
     parser.add_argument("name")
     from minift.fetch import fetch as get
 
@@ -35,14 +30,14 @@ def fetch(argv):
 
 
 def env(argv):
-    _Parser("minift env").parse_args(argv)
+    Parser("minift env").parse_args(argv)
     from minift.reports.environment import run
 
     run()
 
 
 def _run_config(verb, argv):
-    parser = _Parser(f"minift {verb}", allow_abbrev=False)
+    parser = Parser(f"minift {verb}", allow_abbrev=False)
     parser.add_argument("config", help="a .toml file, or the config.json of a run")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--resume", action="store_true")
@@ -62,7 +57,9 @@ def train(argv):
 
     tokenizer = load_tokenizer(config.model)
     recipe = config.quantize if holds_quantized(config.model) else config.base_quantization
-    model = load_model(config.model, config.dtype, config.device, recipe)
+    model = load_model(
+        config.model, config.dtype, config.device, recipe, **_head(config), seed=config.train.seed
+    )
     plan = apply(model, config.method.with_tokenizer(tokenizer), seed=config.train.seed)
     if model.quantization:
         print(model.quantization_table.totals())
@@ -91,6 +88,19 @@ def train(argv):
     print(f"{what}, log and plot are in {config.train.output}")
 
 
+def _head(config) -> dict:
+    """What `load_model` is asked for: a head and its labels, those of the data where the config has none."""
+    from minift.data.rows import LABELLED, label_arguments, read_rows
+    from minift.load import build_model
+
+    asked = {"head": config.head, "labels": config.labels, "num_labels": config.num_labels}
+    asked = {name: value for name, value in asked.items() if value}
+    unknown = list(asked) == ["head"] and config.head == "sequence_classification" and config.data
+    if unknown and build_model(config.model).head_kind != config.head:
+        asked |= label_arguments(read_rows(config.data, LABELLED))
+    return asked
+
+
 def _shapes_config(verb, argv):
     """A config of `plan` or `params`, which need no data and take the method's fields bare; other flags."""
     from minift import config
@@ -111,7 +121,7 @@ def plan(argv):
     config, _ = _shapes_config("plan", argv)
     from minift.reports.parameters import plan_table
 
-    print(plan_table(config.model, config.method, config.base_quantization, config.dtype))
+    print(plan_table(config.model, config.method, config.base_quantization, config.dtype, _head(config)))
 
 
 def params(argv):
@@ -119,127 +129,17 @@ def params(argv):
     from minift.reports.parameters import params as report
 
     recipe = config.base_quantization
-    print(report(config.model, config.method, recipe, config.dtype, as_json="--json" in argv, **own))
-
-
-def quantize(argv):
-    parser = _Parser("minift quantize", allow_abbrev=False)
-    parser.add_argument("model")
-    parser.add_argument("--output", default="", help="folder for a 4-bit checkpoint, as bitsandbytes' are")
-    parser.add_argument("--report", nargs="?", const="out/quantize", default="", metavar="DIR")
-    parser.add_argument("--text", default="", help="file for the perplexity; default: Python's reference")
-    parser.add_argument("--dtype", default="bfloat16")
-    _add_quantization(parser, "--")
-    a = parser.parse_args(argv)
-    if a.text and not a.report:
-        raise ValueError("--text is for the perplexity in a report; give --report as well")
-    recipe = _quantization(a, "")
-    from minift.reports.quantization import quantize as run
-
-    run(a.model, recipe, a.dtype, a.output, a.report, a.text)
-
-
-def merge(argv):
-    parser = _Parser("minift merge", allow_abbrev=False)
-    parser.add_argument("model")
-    parser.add_argument("--adapter", required=True)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--mode", default="dequantized", help="dequantized, requantized or original")
-    parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
-    parser.add_argument("--dtype", default="bfloat16")
-    _any_base(parser)
-    _add_quantization(parser, "--quantize.")
-    a = parser.parse_args(argv)
-    recipe = _quantization(a, "quantize.") if _given(a) else None
-    from minift.reports.merging import merge as run
-
-    run(a.model, a.adapter, a.output, recipe, a.mode, a.dtype, a.text, not a.any_base)
-
-
-def rank(argv):
-    parser = _Parser("minift rank", allow_abbrev=False)
-    parser.add_argument("verb", help="show, advise, set, shrink or grow")
-    parser.add_argument("adapter", help="a folder")
-    parser.add_argument("--r", nargs="+", metavar="R", help="one rank, or RULE=RANK for some layers")
-    parser.add_argument("--energy", type=float, help="share of the squared singular values to keep")
-    parser.add_argument("--output", default="", help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows that grow adds")
-    a = parser.parse_args(argv)
-    from minift.reports.ranks import parse_ranks
-    from minift.reports.ranks import rank as run
-
-    run(a.verb, a.adapter, parse_ranks(a.r), a.energy, a.output, a.seed)
-
-
-def verify(argv):
-    parser = _Parser("minift verify", allow_abbrev=False)
-    parser.add_argument("adapter", help="a folder")
-    parser.add_argument("--model", default="", help="the base; default: what adapter_config.json names")
-    parser.add_argument("--text", default="", help="file for the logits; default: Python's reference")
-    parser.add_argument("--dtype", default="float32")
-    _any_base(parser)
-    _add_quantization(parser, "--quantize.")
-    a = parser.parse_args(argv)
-    recipe = _quantization(a, "quantize.") if _given(a) else None
-    from minift.reports.verify import verify as run
-
-    run(a.adapter, a.model, a.text, not a.any_base, recipe, a.dtype)
-
-
-def tokens(argv):
-    parser = _Parser("minift tokens", allow_abbrev=False)
-    parser.add_argument("model")
-    parser.add_argument("--adapter", required=True)
-    parser.add_argument("--k", type=int, default=5, help="tokens for each virtual token")
-    _any_base(parser)
-    a = parser.parse_args(argv)
-    from minift.load import load_model, load_tokenizer
-    from minift.methods.files import load_adapter
-    from minift.reports.virtual_tokens import nearest_tokens
-
-    model, tokenizer = load_model(a.model), load_tokenizer(a.model)
-    load_adapter(model, a.adapter, check_base=not a.any_base)
-    print(nearest_tokens(model, tokenizer, k=a.k))
-
-
-def _any_base(parser) -> None:
-    parser.add_argument(
-        "--any-base", action="store_true", help="take an adapter that was trained on another base"
-    )
-
-
-QUANTIZATION_FIELDS = ("format", "block_size", "double_quant", "only", "skip")
-
-
-def _add_quantization(parser, prefix: str) -> None:
-    """--quantize nf4, --quantize.block_size 128 and so on, as in a config; or the fields alone."""
-    for name in QUANTIZATION_FIELDS:
-        names = [f"{prefix}{name}"] + (["--quantize"] if prefix != "--" and name == "format" else [])
-        parser.add_argument(*names, dest=f"quantize.{name}", default=argparse.SUPPRESS)
-
-
-def _given(arguments) -> dict[str, str]:
-    return {
-        name.removeprefix("quantize."): value
-        for name, value in vars(arguments).items()
-        if name.startswith("quantize.")
-    }
-
-
-def _quantization(arguments, path: str):
-    from minift.config import build
-    from minift.quant import Quantization
-
-    return build(Quantization, _given(arguments), path)
+    head, as_json = _head(config), "--json" in argv
+    print(report(config.model, config.method, recipe, config.dtype, as_json=as_json, head=head, **own))
 
 
 def generate(argv):
-    parser = _Parser("minift generate", allow_abbrev=False)
+    parser = Parser("minift generate", allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--adapter")
     parser.add_argument("--chat", action="store_true")
-    _any_base(parser)
+    add_any_base(parser)
     parser.add_argument("--any-template", action="store_true", help="and with another chat template")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -247,9 +147,9 @@ def generate(argv):
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    _add_quantization(parser, "--quantize.")
+    add_quantization(parser, "--quantize.")
     a = parser.parse_args(argv)
-    recipe = _quantization(a, "quantize.") if _given(a) else None
+    recipe = quantization(a, "quantize.") if given(a) else None
     from minift.data.collate import encode_prompt
     from minift.load import load_model, load_tokenizer
     from minift.methods.files import load_adapter

@@ -52,10 +52,12 @@ THIRD_PARTY = {
     "demo": set(),
     "cli": set(),
     "verbs": set(),
+    "verbs_disk": set(),
+    "words": set(),
 }
 OPTIONAL = {"gguf", "matplotlib"}  # the only imports inside functions
-# verbs.py imports inside the verb's function, so that `minift fetch` and typing errors do not import torch.
-IMPORTS_IN_FUNCTIONS = {"verbs.py"}
+# The verbs import inside the verb's function, so that `minift fetch` and typing errors do not import torch.
+IMPORTS_IN_FUNCTIONS = {"verbs.py", "verbs_disk.py", "words.py"}
 # Not ops: the choice of backends, the quantized matrix, decoding, products in slabs, the C library.
 SHARED_BY_KERNELS = ("__init__", "runtime", "packed", "decode", "slabs", "library")
 LINES = {"models": 450, "kernels": 350}

@@ -45,6 +45,7 @@ class LanguageModel(nn.Module):
     renamed_keys: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regular expression, what to put there)
     transposed: ClassVar[tuple[str, ...]] = ()  # matrices that checkpoints hold as (in, out), likewise
     sites: ClassVar[dict] = {}  # role -> rules: attn_out, ffn (the whole), ffn_in, ffn_out, k, v, norms
+    usual_targets: ClassVar[tuple[str, ...]] = ()  # the layers that LoRA is usually put on
     takes_prefix = True  # its blocks take prefix_kv
     is_encoder_decoder = False
     causal = True  # a token sees those before it, and not those behind it
@@ -98,6 +99,9 @@ class LanguageModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Share what the config says is shared; called after parameters were replaced."""
+
+    def settle(self, tensors: dict) -> None:
+        """Take what config.json leaves open from a checkpoint's tensors by name, before they are read."""
 
     def backbone(
         self,

@@ -281,6 +281,7 @@ class Llama(LanguageModel):
         "v": ("self_attn.v_proj",),
         "norms": ("input_layernorm", "post_attention_layernorm", "norm"),
     }
+    usual_targets: ClassVar = ("q_proj", "v_proj")
     ignored_keys: ClassVar = (r".*\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from rope_theta
     head_keys: ClassVar = (r"lm_head\.weight", r"score\..*", r"qa_outputs\..*")
 

@@ -28,7 +28,7 @@ def merge(
     load_adapter(model, adapter, check_base=check_base)
     _check_storable(model, mode)
     original = load_model(source, dtype) if mode == "original" else None
-    tokens = min(PROBE, model.config.max_position_embeddings)
+    tokens = min(PROBE, model.dims.context)
     ids = torch.tensor([tokenizer.encode(read_text(text)[: 16 * tokens])[:tokens]])
     with torch.inference_mode():
         before = model(ids)[0].float()  # (T, V)

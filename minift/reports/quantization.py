@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from minift.data.tokenizer import Tokenizer
 from minift.load import fresh_folder, load_model, load_tokenizer, save_model, save_tokenizer
 from minift.metrics.language_model import perplexity
+from minift.models.disk import write_text
 from minift.models.interface import LanguageModel
-from minift.models.weights import write_text
 from minift.quant import Quantization, bnb, quantize_model
 from minift.quant.model import QuantizationTable
 from minift.reports.plots import plot_quantization
@@ -101,7 +101,7 @@ def text_nats(
     A window's first token is not predicted. A token is taken to be 16 characters at most.
     """
     ids = tokenizer.encode(text[: 16 * tokens])[:tokens]
-    window = min(WINDOW, model.config.max_position_embeddings)
+    window = min(WINDOW, model.dims.context)
     if len(ids) < 2:
         raise ValueError(f"the text is {len(ids)} token long; perplexity needs two")
     nats, count = 0.0, 0
