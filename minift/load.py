@@ -130,9 +130,11 @@ def holds_quantized(source: str | Path) -> bool:
     return bool(bnb.quantized_paths(_open(source)[1]))
 
 
-def build_model(source: str | Path, head: str | None = None, num_labels: int | None = None) -> LanguageModel:
+def build_model(
+    source: str | Path, head: str | None = None, num_labels: int | None = None, labels=None
+) -> LanguageModel:
     """The model of a source on the meta device: all shapes, no weights."""
-    return _open(source, head, num_labels)[0]
+    return _open(source, head, num_labels, labels)[0]
 
 
 def _open(source, head=None, num_labels=None, labels=None):
@@ -152,10 +154,14 @@ def _open(source, head=None, num_labels=None, labels=None):
         raise ValueError(
             f"{path}: the config asks for {blocks} blocks; the checkpoint has {len(tensors)} tensors"
         )
-    with shapes_only():
-        model = family(parsed, kind, labels)
+    try:
+        with shapes_only():
+            model = family(parsed, kind, labels)
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise ValueError(f"{path}: the config asks for tensors that no memory holds: {error}") from None
     model.source = str(source)
     tensors = weights.renamed(model, tensors)
+    model.settle(tensors)
     if kind != stored:
         weights.take_new_head(model, tensors)
     return model, tensors

@@ -30,7 +30,7 @@ class BitFit(Method):
         object.__setattr__(self, "target_modules", as_rules(self.target_modules))
 
     def refuses(self, model):
-        modules = map(innermost, bare_modules(model).values())
+        modules = [innermost(m) for path, m in bare_modules(model).items() if not model.is_new(path)]
         if any(module._parameters.get("bias") is not None for module in modules):
             return None
         return (
@@ -42,7 +42,7 @@ class BitFit(Method):
         if reason := self.refuses(model):
             raise ValueError(f"{self.name} cannot run on this model: {reason}")
         sites = plan_trained(model, self.target_modules or ("*",), "target_modules", only=("bias",))
-        return sites
+        return tuple(site for site in sites if not model.is_new(site.path))  # a new head trains whole
 
     def inject(self, model, plan, name, seed):
         inject_trained(model, plan.sites, name)

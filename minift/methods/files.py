@@ -12,6 +12,7 @@ selective hold the trained parameters under the base's own names.
 
 import dataclasses
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def load_adapter(
     try:
         config = without_new_head(model, config, folder / CONFIG)
         method, encoder = _read_method(model, folder, config, facts)
+        _check_size(method.plan(model), {**stored, **encoder}, folder)
         apply(model, method, name)
         adapter = model.adapters[name]
         stored = our_keys(model, stored, config, folder / WEIGHTS)
@@ -131,7 +133,7 @@ def _read_method(model, folder: Path, config: dict, facts: dict):
     ratio = fact(facts, "minift.method", folder / WEIGHTS).get("lr_ratio", 1.0)
     if hasattr(method, "lr_ratio"):
         method = dataclasses.replace(method, lr_ratio=ratio)
-    if (folder / ENCODER).exists():
+    if os.path.lexists(folder / ENCODER):  # a link to nothing is no missing file
         method, encoder = _read_encoder(folder, method)
     return method, encoder
 
@@ -176,6 +178,16 @@ def _read_encoder(folder: Path, exported):
             f"{method.num_virtual_tokens}; the files belong to different adapters"
         )
     return method, tensors
+
+
+def _check_size(plan, stored: dict, folder: Path) -> None:
+    """Before anything is made: what the config asks for is in the files, or left out of them by pruning."""
+    held = sum(tensor.numel() for tensor in stored.values())
+    if plan.trainable > max(held, plan.base_parameters):
+        raise ValueError(
+            f"{folder / CONFIG} asks for {plan.trainable:,} parameters; its files hold {held:,}, its base "
+            f"{plan.base_parameters:,}"
+        )
 
 
 def _check_tensors(expected: dict, stored: dict, where) -> None:

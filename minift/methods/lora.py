@@ -62,8 +62,8 @@ class LoRA(Method):
     """Probability of zeroing an input of the branch while training; an embedding has none to zero."""
     rslora: bool = False
     """Scale by alpha / sqrt(r)."""
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names, globs over whole paths, or "all-linear"; embeddings by name."""
+    target_modules: tuple[str, ...] = ()
+    """Names, globs over whole paths, or "all-linear"; embeddings by name. Empty: the family's usual ones."""
     exclude_modules: tuple[str, ...] = ()
     """Rules of the same form for layers to leave alone."""
     layers_to_transform: tuple[str, ...] = ()
@@ -131,7 +131,8 @@ class LoRA(Method):
         """Path -> the rule that means it."""
         among = [p for p, m in modules.items() if is_base_layer(m) or isinstance(innermost(m), nn.Embedding)]
         what, layers = "linear layer or embedding", self.layers_to_transform
-        rules = match(model, self.target_modules, self.exclude_modules, layers, among=among, what=what)
+        targets = self.target_modules or model.usual_targets
+        rules = match(model, targets, self.exclude_modules, layers, among=among, what=what)
         ends = [path for path in rules if modules[path] in (model.embed, model.head)]
         if model.tied and ends and self.tied == "refuse":
             raise ValueError(

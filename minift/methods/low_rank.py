@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minift.kernels.lora_linear import lora_linear
 from minift.models.interface import stands_alone
+from minift.models.layers import Linear
 from minift.models.wrappers import Wrapper, check_rows, innermost
 from minift.quant.linear import QuantizedLinear
 
@@ -192,7 +193,7 @@ def frozen_matrix(base: nn.Module, dtype: torch.dtype):
 
     None for any other layer: wrappers, those that do not stand alone, and W in odd strides.
     """
-    if type(base) not in (nn.Linear, QuantizedLinear) or base.bias is not None:
+    if type(base) not in (nn.Linear, Linear, QuantizedLinear) or base.bias is not None:
         return None
     if not stands_alone(base):
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minift.models.adapters import Adapter
+from minift.models.heads import LANGUAGE_MODELS
 from minift.models.interface import LanguageModel, dense_weight, is_quantized
 from minift.models.wrappers import (
     Wrapper,
@@ -204,7 +205,7 @@ def _with_parameters(
 def _tie(model) -> None:
     """One weight where both ends are the same numbers; and the config says what is."""
     ends = [getattr(innermost(end), "weight", None) for end in (model.embed, model.head)]
-    if None in ends or not hasattr(model.config, "tie_word_embeddings"):
+    if model.head_kind not in LANGUAGE_MODELS or None in ends:
         return
     if model.config.tie_word_embeddings and not model.tied and torch.equal(*ends):
         model.tie_weights()

@@ -94,9 +94,12 @@ def _low_rank_fields(config, where) -> dict:
             f"{where}: target_modules {targets!r} is a regular expression; list the module names instead"
         )
     excluded = listed(config.get("exclude_modules"))  # PEFT allows a name on both lists
+    targets = tuple(t for t in listed(targets) if t not in excluded)
+    if not targets:
+        raise ValueError(f"{where}: target_modules is empty, so that no layer is meant")
     return {
         "dropout": config.get("lora_dropout", 0.0),
-        "target_modules": tuple(t for t in listed(targets) if t not in excluded),
+        "target_modules": targets,
         "exclude_modules": tuple(excluded),
         "layers_to_transform": tuple(map(str, listed(config.get("layers_to_transform")))),
         "modules_to_save": tuple(listed(config.get("modules_to_save"))),

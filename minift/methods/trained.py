@@ -68,8 +68,8 @@ def plan_trained(
             if path != root and not path.startswith(root + "."):
                 continue
             for name, parameter in innermost(module)._parameters.items():
-                if parameter is None or (only and name not in only):
-                    continue
+                if parameter is None or (only and (name not in only or model.is_new(path))):
+                    continue  # what is new trains as a whole, by plan_new_head
                 alive.add(rule)
                 if f"{path}.{name}" in sites:
                     continue

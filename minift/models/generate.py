@@ -1,14 +1,24 @@
-"""Text from a decoder: greedy, temperature, top-k, top-p; batched, with a KV cache.
+"""Text from a language model: `generate` gives new tokens, `stream` text as it comes; batched, with a cache.
 
-    next token ~ softmax(logits / temperature), cut to the top_k largest and to the smallest set whose
-    probability reaches top_p;   temperature 0 takes the argmax
+The parts: sampling.py (how the next token is chosen), beam.py (beam search), texts.py (padding, mask, cache),
+pieces.py (text that is certain, stop strings).
 
-Source of top-p: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
+Greedy tokens in fp32 do not depend on the batch, on padding or on the cache. A sampled text depends on the
+seed, its place among the prompts, and its own prompt: the numbers it draws are its own (sampling.uniforms),
+and what is next to it changes its probabilities by rounding alone.
 """
+
+from collections.abc import Iterator
 
 import torch
 
+from minift.models.beam import beam_search
 from minift.models.interface import LanguageModel
+from minift.models.pieces import Pieces
+from minift.models.sampling import Decoding, distribution, draw, penalize, uniforms
+from minift.models.texts import Texts
+
+GENERATING = ("causal_lm", "seq2seq_lm")  # heads that give the next token
 
 
 @torch.inference_mode()
@@ -17,83 +27,113 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_ids=(),
+    tokenizer=None,
+    eos_ids=None,
     pad_id: int = 0,
-    seed: int = 0,
     use_cache: bool = True,
+    **decoding,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) until one of `eos_ids` or `max_new_tokens`; the new ids, without EOS.
 
-    Prompts of different lengths are padded on the left. `use_cache=False` reads the whole text again at
-    every step; greedy tokens are the same in fp32.
+    An encoder-decoder's encoder reads the prompts. `decoding` are the fields of sampling.Decoding. `eos_ids`
+    are the tokenizer's by default. A row that a `stop` string ended has the ids of the text before it
+    (pieces.cut). `use_cache=False` reads the whole text again at every step.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    B, longest = len(prompts), max(map(len, prompts))
-    ids = torch.full((B, longest), pad_id)
-    mask = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    random = torch.Generator(model.device).manual_seed(seed)
-    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=model.device)
-    cache = model.new_cache(B, longest + max_new_tokens) if use_cache else None
-    finished = torch.zeros(B, dtype=torch.bool, device=model.device)
-    new, fed = [[] for _ in prompts], ids  # fed (B, T): what the model reads next
-    for length in range(longest, longest + max_new_tokens):
-        hidden = model.backbone(fed, attention_mask=mask[:, :length], cache=cache)
-        token = _choose(model.head(hidden[:, -1]), temperature, top_k, top_p, random)  # (B,)
-        finished |= torch.isin(token, ends)
-        if finished.all():
-            break
-        for row in (~finished).nonzero().flatten().tolist():
-            new[row].append(int(token[row]))
-        fed = token[:, None] if use_cache else torch.cat((fed, token[:, None]), dim=1)
-    return new
+    how = Decoding(**decoding)
+    _check(model, prompts, max_new_tokens, how, tokenizer)
+    ends, texts = _ends(eos_ids, tokenizer), Texts(model, prompts, max_new_tokens, pad_id, use_cache)
+    if how.num_beams > 1:
+        return beam_search(texts, max_new_tokens, how, ends)
+    rows = [Pieces(ends, tokenizer if how.stop else None, how.stop) for _ in prompts]
+    for _ in _grow(texts, max_new_tokens, how, rows):
+        pass
+    return [row.ids for row in rows]
 
 
-def _choose(logits, temperature, top_k, top_p, random):
-    """logits (B, V) -> token (B,)."""
-    logits = logits.float()
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = (
-        logits - logits.amax(dim=-1, keepdim=True)
-    ) / temperature  # at most 0, however small the temperature
-    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = float("-inf")
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # keeps the one that reaches top_p
-    chosen = torch.multinomial(probabilities, 1, generator=random)  # (B, 1), weights need not sum to 1
-    return tokens.gather(1, chosen)[:, 0]
+def stream(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    tokenizer,
+    *,
+    eos_ids=None,
+    pad_id: int = 0,
+    use_cache: bool = True,
+    **decoding,
+) -> Iterator[tuple[int, str]]:
+    """As `generate`, giving (row, piece of its text) as soon as the piece is certain.
+
+    The pieces of a row together are its text: that of its ids, cut before a stop string to the character.
+    """
+    how = Decoding(**decoding)
+    _check(model, prompts, max_new_tokens, how, tokenizer)
+    if how.num_beams > 1:
+        raise ValueError(
+            f"num_beams is {how.num_beams}, and beam search has no text before its end; use generate"
+        )
+    rows = [Pieces(_ends(eos_ids, tokenizer), tokenizer, how.stop) for _ in prompts]
+    return _grow(Texts(model, prompts, max_new_tokens, pad_id, use_cache), max_new_tokens, how, rows)
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p):
+@torch.inference_mode()
+def _grow(texts: Texts, max_new_tokens: int, how: Decoding, rows: list[Pieces]) -> Iterator[tuple[int, str]]:
+    """Add tokens to the rows until each has ended; gives (row, piece)."""
+    device = texts.ids.device
+    if how.temperature > 0:
+        u = torch.stack(
+            [uniforms(how.seed, row, max_new_tokens) for row in range(len(rows))], dim=1
+        )  # (n, B)
+    for step in range(max_new_tokens):
+        scores = penalize(texts.logits(), texts.seen(), how.repetition_penalty)  # (B, V)
+        if how.temperature == 0:
+            tokens = scores.argmax(dim=-1)  # (B,)
+        else:
+            tokens = draw(*distribution(scores, how), u[step].to(device))
+        for row, token in enumerate(tokens.tolist()):
+            if not rows[row].done and (piece := rows[row].add(token)):
+                yield row, piece
+        if all(row.done for row in rows):
+            return
+        texts.append(tokens)
+    for row, pieces in enumerate(rows):
+        if not pieces.done and (piece := pieces.end()):
+            yield row, piece
+
+
+def _ends(eos_ids, tokenizer) -> set[int]:
+    if eos_ids is None:
+        eos_ids = () if tokenizer is None else tokenizer.eos_ids
+    return set(eos_ids)
+
+
+def _check(model, prompts, max_new_tokens, how, tokenizer):
+    if model.head_kind not in GENERATING:
+        raise ValueError(
+            f"generate needs a head that gives the next token, {' or '.join(GENERATING)}, and this model has "
+            f"the head {model.head_kind}; load it with another"
+        )
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
-    if max(map(max, prompts)) >= model.config.vocab_size or min(map(min, prompts)) < 0:
-        raise ValueError(
-            f"prompt id {max(map(max, prompts))}, the vocabulary is 0 to {model.config.vocab_size - 1}; "
-            "use the tokenizer that belongs to the model"
-        )
-    context, longest = model.config.max_position_embeddings, max(map(len, prompts))
+    V = model.dims.vocab
+    for wrong in (max(map(max, prompts)), min(map(min, prompts))):
+        if not 0 <= wrong < V:
+            raise ValueError(
+                f"prompt id {wrong}, the vocabulary is 0 to {V - 1}; use the tokenizer that belongs to the "
+                "model"
+            )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    virtual = model.virtual_tokens
+    virtual, longest, context = model.virtual_tokens, max(map(len, prompts)), model.dims.context
     if virtual + longest + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens, {max_new_tokens} new ones"
             + (f" and {virtual} virtual ones" if virtual else "")
             + f" exceed the model's context of {context}; shorten the prompt or lower max_new_tokens"
         )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or positive and finite")
-    if top_k < 0 or not 0 < top_p <= 1:
+    if how.stop and tokenizer is None:
+        raise ValueError(f"stop is {how.stop!r}, and texts need a tokenizer to be found; give tokenizer=...")
+    if how.num_beams > 1 and model.adapters.by_rows():
         raise ValueError(
-            f"top_k is {top_k} and top_p is {top_p}; top_k is 0 (off) or positive, 0 < top_p <= 1"
+            f"num_beams is {how.num_beams}, and adapters were chosen for each text of the batch, which beam "
+            "search does not keep apart; generate with one adapter at a time"
         )

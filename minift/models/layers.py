@@ -1,8 +1,18 @@
-"""What more than one architecture uses: RMSNorm, rotary positions, the KV cache."""
+"""What more than one architecture uses: linear layers, RMSNorm, rotary positions, the KV cache."""
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from minift.kernels.linear import linear
+from minift.kernels.rms_norm import rms_norm
+
+
+class Linear(nn.Linear):
+    """y = x W^T + bias, through the op that is fast on few rows."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +27,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return Normalize.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Normalize(torch.autograd.Function):
@@ -84,6 +96,10 @@ class KVCache:
         self.length = 0  # tokens that every block has seen, virtual ones included
         self.virtual = None  # (B, P) bool: which of the virtual tokens before the text each text sees
 
+    def of(self, block: int):
+        """All places of one block: keys and values (B, KV, capacity, hd)."""
+        return self.keys[block], self.values[block]
+
     def update(self, block: int, k, v):
         """Append k and v (B, KV, T, hd) of one block; returns all of its keys and values (B, KV, S, hd)."""
         S = self.length + k.shape[2]
@@ -106,3 +122,22 @@ class KVCache:
             new[..., : self.length, :] = old[:, rows, :, : self.length]
             setattr(self, name, new)
         self.virtual = None if self.virtual is None else self.virtual[rows]
+
+
+class CrossCache(KVCache):
+    """Those of a decoder, beside keys and values of what an encoder made of each text."""
+
+    def __init__(self, B: int, capacity: int, dims, dtype, device):
+        super().__init__(B, capacity, dims, dtype, device)
+        self.encoded = None  # of each block keys and values, each (B, H, S, hd)
+        self.seen = None  # (B, 1, 1, S) bool: the real ones among them, or None for all
+        self.texts = torch.arange(B, device=device)  # whose states a row has
+
+    def reorder(self, rows):
+        super().reorder(rows)
+        texts, before = self.texts[rows], self.texts
+        self.texts = texts
+        if self.encoded is None or torch.equal(texts, before):  # as beams of one text do, at every step
+            return
+        self.encoded = [(k[rows], v[rows]) for k, v in self.encoded]
+        self.seen = None if self.seen is None else self.seen[rows]

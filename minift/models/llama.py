@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from minift.kernels.attention import attention
+from minift.kernels.decode_attention import decode_attention
 from minift.models.config import ModelConfig, check_choice, check_multiple
 from minift.models.interface import Dims, LanguageModel, attend, default_positions
-from minift.models.layers import KVCache, RMSNorm, rotary_frequencies, rotary_tables, rotate
+from minift.models.layers import KVCache, Linear, RMSNorm, rotary_frequencies, rotary_tables, rotate
 from minift.models.wrappers import innermost
 
 
@@ -51,7 +52,7 @@ class RopeScaling:
         table = dict(table)
         kind = table.pop("rope_type", table.pop("type", "default"))
         table.pop("type", None), table.pop("rope_theta", None)
-        if table.pop("partial_rotary_factor", 1) != 1 or kind not in ROPE_FIELDS:
+        if table.pop("partial_rotary_factor", 1) != 1 or kind not in list(ROPE_FIELDS):
             raise ValueError(
                 f"config.json: rotary scaling {kind!r} {table} is not supported; supported: "
                 f"rope_type {', '.join(ROPE_FIELDS)} over the whole head"
@@ -141,7 +142,13 @@ class LlamaConfig(ModelConfig):
     def from_hf(cls, config: dict) -> "LlamaConfig":
         """From config.json, old (`rope_theta`, `rope_scaling`) or new form (`rope_parameters`)."""
         config = {**config, **_rope(config)}
-        kind = config.get("model_type") or "llama"
+        names = config.get("architectures") or [""]
+        named = next((t for t, name in FAMILIES.items() if str(names[0]).startswith(name)), None)
+        kind = config["model_type"] = config.get("model_type") or named or "llama"
+        if kind in list(FAMILIES) and named not in (None, kind):
+            raise ValueError(
+                f"config.json: model_type is {kind!r} and architectures is {names}; they disagree"
+            )
         if kind == "mistral":
             config.setdefault("sliding_window", MISTRAL_WINDOW)
         elif kind == "qwen2" and config.get("use_sliding_window"):
@@ -187,8 +194,8 @@ def _rope(config: dict) -> dict:
     if not all(isinstance(table, dict) for table in tables):
         raise ValueError("config.json: rope_parameters and rope_scaling are tables")
     scalings = [s for s in map(RopeScaling.from_hf, tables) if s is not None]
-    thetas = {t["rope_theta"] for t in (config, *tables) if t.get("rope_theta") is not None}
-    if len(thetas) > 1 or any(s != scalings[0] for s in scalings):
+    thetas = [t["rope_theta"] for t in (config, *tables) if t.get("rope_theta") is not None]
+    if any(t != thetas[0] for t in thetas) or any(s != scalings[0] for s in scalings):
         raise ValueError(f"config.json: rope_theta, rope_parameters and rope_scaling disagree: {tables}")
     return {"rope_scaling": next(iter(scalings), None), "rope_theta": next(iter(thetas), 10000.0)}
 
@@ -198,16 +205,18 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         D, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, q * self.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, kv * self.head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, kv * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q * self.head_dim, D, bias=config.attention_bias)
+        self.q_proj = Linear(D, q * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(D, kv * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(D, kv * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(q * self.head_dim, D, bias=config.attention_bias)
 
     def forward(self, x, rotary, mask, prefix, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, hd)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H hd), (B, T, KV hd) twice
+        if cache is not None and T == 1 and prefix is None and not torch.is_grad_enabled():
+            o = decode_attention(q, k, v, *cache.of(self.index), cache.length, *rotary, mask)
+            return self.o_proj(o)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, hd)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if prefix is not None:  # keys and values before the text, rotated already
             k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
@@ -221,9 +230,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
+        self.gate_proj = Linear(D, F_, bias=config.mlp_bias)
+        self.up_proj = Linear(D, F_, bias=config.mlp_bias)
+        self.down_proj = Linear(F_, D, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -298,7 +307,7 @@ class Llama(LanguageModel):
         else:
             outputs = {"causal_lm": config.vocab_size, "question_answering": 2}.get(head, len(labels))
             biased = head in ("token_classification", "question_answering")
-            self.add_module(HEAD_NAMES[head], nn.Linear(D, outputs, bias=biased))
+            self.add_module(HEAD_NAMES[head], Linear(D, outputs, bias=biased))
         self.tie_weights()
 
     @property

@@ -2,13 +2,15 @@
 
 Sources: the config.json of each model on the Hugging Face hub; GPT-3: Brown et al. 2020, arXiv:2005.14165,
 table 2.1. What changes no shape (rotary base, windows, dropout) is left out.
+BERT stands here as its checkpoint's `bert`, pooler included, without a head.
 """
 
 import difflib
 
+from minift.models import MODELS
+from minift.models.gpt2 import GPT2Config
 from minift.models.interface import LanguageModel
-from minift.models.llama import Llama, LlamaConfig
-from minift.models.skeleton import LAYOUTS, Skeleton, shapes_only
+from minift.models.skeleton import GPT3, shapes_only
 
 GPT = ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size")
 BERT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -30,6 +32,8 @@ SHARED = {  # architecture -> what all sizes have in common
         "n_positions": 512,
         "relative_attention_num_buckets": 32,
     },
+    "MistralForCausalLM": {"model_type": "mistral"},
+    "Qwen2ForCausalLM": {"model_type": "qwen2"},
 }
 SIZES = {  # (architecture, fields) -> name -> their values
     ("GPT2LMHeadModel", GPT): {
@@ -78,13 +82,14 @@ PRESETS = {
 
 
 def build_preset(name: str) -> LanguageModel:
-    """The model on the meta device. Llama and Mistral are one tree, and share the class."""
+    """The model on the meta device."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; nearest: {', '.join(nearest_presets(name))}")
     config = PRESETS[name]
+    kind = config["architectures"][0]
+    family, config_class, head = (GPT3, GPT2Config, "causal_lm") if kind == "GPT3" else MODELS[kind]
     with shapes_only():
-        skeleton = config["architectures"][0] in LAYOUTS
-        model = Skeleton(config) if skeleton else Llama(LlamaConfig.from_hf(config))
+        model = family(config_class.from_hf(config), head)
     model.source = name
     return model
 

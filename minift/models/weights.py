@@ -17,10 +17,11 @@ from torch import nn
 from minift.models import gguf_llama
 from minift.models.disk import replacing
 from minift.models.gguf_file import dequantize, read_gguf
-from minift.models.heads import start_parameter
+from minift.models.heads import LANGUAGE_MODELS, start_parameter
 from minift.models.json_file import read_json
 from minift.models.llama import LlamaConfig
 from minift.models.safetensors_file import StoredTensor, open_safetensors, write_tensors
+from minift.models.wrappers import path_of
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**22  # of fp32 rows in flight while loading
@@ -70,22 +71,29 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
             f"{path}: GGUF architecture {metadata.get('general.architecture')!r} is not supported; "
             "supported: 'llama'"
         )
+    for key in (*gguf_llama.GGUF_FIELDS.values(), "llama.attention.key_length"):
+        if type(metadata.get(key, 0)) not in (int, float):
+            raise ValueError(f"{path}: {key} is {str(metadata[key])[:80]}, expected a number")
     config = gguf_llama.gguf_config(metadata, {name: t.shape for name, t in stored.items()})
     parsed = LlamaConfig.from_hf(config)
+    widest = max(parsed.num_attention_heads, parsed.num_key_value_heads) * parsed.head_dim
+    if widest > max((t.shape[0] for t in stored.values()), default=0):  # before the order of rows is made
+        raise ValueError(f"{path}: no tensor has the {widest} rows of {parsed.num_attention_heads} heads")
     tensors = {}
     for name, tensor in stored.items():
-        order = gguf_llama.gguf_rows(gguf_llama.gguf_name(name), parsed) if name.startswith("blk.") else None
+        ours = gguf_llama.gguf_name(name)
+        if ours in tensors:
+            raise ValueError(f"{path} stores {ours} twice, the second time as {name}")
 
-        def rows(start, stop, tensor=tensor, order=order):
+        def rows(start, stop, tensor=tensor, ours=ours):
+            order = gguf_llama.gguf_rows(ours, parsed)
             wanted = slice(start, stop) if order is None else order[start:stop].numpy()
             return torch.from_numpy(dequantize(tensor, wanted)).view(stop - start, *tensor.shape[1:])
 
         def vector(start, stop, tensor=tensor):
             return torch.from_numpy(dequantize(tensor, slice(0, 1))).view(-1)[start:stop]
 
-        tensors[gguf_llama.gguf_name(name)] = StoredTensor(
-            tensor.shape, rows if len(tensor.shape) > 1 else vector
-        )
+        tensors[ours] = StoredTensor(tensor.shape, rows if len(tensor.shape) > 1 else vector)
     return {"architectures": ["LlamaForCausalLM"], **config}, tensors
 
 
@@ -130,10 +138,15 @@ def _transposed(stored: StoredTensor) -> StoredTensor:
 
 
 def take_new_head(model: nn.Module, tensors: dict[str, StoredTensor]) -> None:
-    """Leave out what other heads of the family store; what this head lacks is new."""
+    """Leave out what other heads of the family store; what this head lacks is new.
+
+    The last layer of another classifier is left out even where its name and shape are the same.
+    """
     own = dict(model.named_parameters())  # a tied one once
-    for name in [name for name in tensors if name not in own]:
-        if any(re.fullmatch(pattern, name) for pattern in model.head_keys):
+    last = "" if model.head_kind in LANGUAGE_MODELS else path_of(model, model.head) + "."
+    for name in list(tensors):
+        another = name not in own and any(re.fullmatch(pattern, name) for pattern in model.head_keys)
+        if another or (last and name.startswith(last)):
             del tensors[name]
     model.new_modules = tuple(
         path
@@ -220,6 +233,14 @@ def _chunks(source: StoredTensor):
         yield slice(start, stop), source.rows(start, stop)
 
 
+def same_tensor(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same numbers in the same dtype."""
+    return a.shape == b.shape != () and all(
+        p.dtype == q.dtype and torch.equal(p, q)
+        for (_, p), (_, q) in zip(_chunks(a), _chunks(b), strict=True)
+    )
+
+
 def _check_tied_copies(model, parameters, tensors) -> None:
     """Some checkpoints store a tied head beside its embedding: accept an equal copy, refuse another."""
     names = {id(p): name for name, p in parameters.items()}
@@ -227,11 +248,7 @@ def _check_tied_copies(model, parameters, tensors) -> None:
         name = names.get(id(parameter), alias)
         if alias == name or alias not in tensors or name not in tensors:
             continue
-        copy, original = tensors.pop(alias), tensors[name]
-        same = copy.shape == original.shape and all(
-            torch.equal(a, b) for (_, a), (_, b) in zip(_chunks(copy), _chunks(original), strict=True)
-        )
-        if not same:
+        if not same_tensor(tensors.pop(alias), tensors[name]):
             raise ValueError(
                 f"config.json ties {alias} to {name}, but the checkpoint stores different weights"
             )
@@ -248,13 +265,14 @@ def write_folder(folder, config: dict, state: dict[str, torch.Tensor], dtype: to
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     weights, settings, index = (folder / n for n in ("model.safetensors", "config.json", INDEX))
-    same = settings.is_file() and settings.read_text(encoding="utf-8") == text
+    same = settings.is_file() and settings.read_bytes() == text.encode()
     shards = set()
     with suppress(ValueError):  # of a damaged index nothing is removed but itself
         shards = set(_weight_map(index).values())
-    with replacing(weights, settings, removing=(index,) if same else (index, settings)) as [file, config_file]:
-        write_tensors(file, state, {"format": "pt"})
-        config_file.write(text.encode())
+    removing = (index,) if same else (index, settings)
+    with replacing(weights, settings, removing=removing) as (weights_file, settings_file):
+        write_tensors(weights_file, state, {"format": "pt"})
+        settings_file.write(text.encode())
     for shard in shards - {weights.name}:  # of the older, sharded model
         (folder / shard).unlink(missing_ok=True)
 

@@ -43,6 +43,7 @@ def params(
     dtype: str = "bfloat16",
     by: str = "",
     as_json: bool = False,
+    head: dict | None = None,
 ) -> str:
     """The report of `minift params`, as text."""
     if by and by not in BY:
@@ -52,7 +53,7 @@ def params(
             f"{source} is a 4-bit checkpoint, and shapes do not say its bytes; give the model that it was "
             "made from, with --quantize"
         )
-    model, plan = applied(source, method, recipe, dtype)
+    model, plan = applied(source, method, recipe, dtype, head)
     rows = grouped(model, by)
     total = Row("all", *map(sum, zip(*(row[1:] for row in rows), strict=True)))
     tensors = (total.parameters, total.trainable)
@@ -74,19 +75,23 @@ def params(
 
 
 def plan_table(
-    source: str, method: Method, recipe: Quantization | None = None, dtype: str = "bfloat16"
+    source: str,
+    method: Method,
+    recipe: Quantization | None = None,
+    dtype: str = "bfloat16",
+    head: dict | None = None,
 ) -> str:
     """The report of `minift plan`: a row for each site, in the model's order, the same at every call."""
     stored = is_stored_quantized(source)
-    model, plan = applied(source, method, None if stored else recipe, dtype)
+    model, plan = applied(source, method, None if stored else recipe, dtype, head)
     return f"{plan.table(bases={} if stored else storage(model))}\n{plan.totals()}"
 
 
 def applied(
-    source: str, method: Method, recipe: Quantization | None, dtype: str
+    source: str, method: Method, recipe: Quantization | None, dtype: str, head: dict | None = None
 ) -> tuple[LanguageModel, Plan]:
-    """The model on the meta device with the method around it."""
-    model = shapes(source, dtype, recipe)
+    """The model on the meta device with the method around it; `head` is what `load_model` is asked for."""
+    model = shapes(source, dtype, recipe, head)
     if getattr(method, "init_text", "") and is_on_disk(source):
         method = method.with_tokenizer(load_tokenizer(source))
     plan = apply(model, method)
@@ -114,7 +119,7 @@ def is_on_disk(source: str) -> bool:
     return Path(source).expanduser().exists() or source in ALIASES
 
 
-def shapes(source: str, dtype: str, recipe: Quantization | None) -> LanguageModel:
+def shapes(source: str, dtype: str, recipe: Quantization | None, head: dict | None = None) -> LanguageModel:
     """A folder, .gguf file, alias or preset on the meta device, quantized as the recipe says."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -123,7 +128,10 @@ def shapes(source: str, dtype: str, recipe: Quantization | None) -> LanguageMode
             f"no model {source!r}: give a preset (nearest: {', '.join(nearest_presets(source))}), a folder "
             f"with config.json and *.safetensors, a .gguf file, or one of {', '.join(ALIASES)}"
         )
-    model = (build_model if is_on_disk(source) else build_preset)(source).to(DTYPES[dtype])
+    if head and not is_on_disk(source):
+        raise ValueError(f"preset {source!r} has its published head alone; give a folder to ask for another")
+    model = build_model(source, **(head or {})) if is_on_disk(source) else build_preset(source)
+    model = model.to(DTYPES[dtype])
     if recipe:
         quantize_model(model, **asdict(recipe))
     return model
@@ -131,7 +139,9 @@ def shapes(source: str, dtype: str, recipe: Quantization | None) -> LanguageMode
 
 def formula(plan: Plan) -> str:
     """The sites' formulas with their numbers, equal ones together: 32 x 8 (4096 + 4096) + ..."""
-    counts = Counter(site.formula or str(site.parameters) for site in plan.sites if site.parameters)
+    counts = Counter(
+        site.formula or str(site.parameters) for site in (*plan.sites, *plan.head) if site.parameters
+    )
     return " + ".join(_times(n, text) for text, n in counts.items())
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from minift.methods.peft_format import from_config
 from minift.methods.peft_keys import PREFIX
 from minift.methods.plan import aligned
 from minift.methods.rank import advised, edited
-from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
+from minift.models.disk import write_text
+from minift.models.json_file import read_json
+from minift.models.safetensors_file import read_tensors, write_safetensors
 
 VERBS = ("show", "advise", "set", "shrink", "grow")
 # a branch's key after the prefix: path, factor, the adapter name that older files kept
@@ -93,10 +94,7 @@ def read(folder: Path) -> Stored:
     method = from_config(config, folder / CONFIG)
     if type(method) is not LoRA:
         raise ValueError(f"{folder} holds a {method.name} adapter; minift rank edits lora")
-    with ExitStack() as files:
-        opened = open_safetensors(folder / WEIGHTS, files)
-        facts = opened.metadata() or {}
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    tensors, facts = read_tensors(folder / WEIGHTS)
     branches, rest = {}, {}
     for key, tensor in tensors.items():
         path, part = _branch(key, method, folder / WEIGHTS)

@@ -8,7 +8,6 @@ import copy
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from minift.load import load_model, load_tokenizer, save_model
 from minift.methods import merge
 from minift.methods.files import CONFIG, load_adapter
 from minift.models.interface import LanguageModel
-from minift.models.weights import open_safetensors, read_json, write_safetensors
+from minift.models.json_file import read_json
+from minift.models.safetensors_file import read_tensors, write_safetensors
 from minift.quant import Quantization
 from minift.reports.quantization import read_text
 
@@ -39,7 +39,7 @@ def verify(
 
     A base that was quantized while it was loaded needs the same `quantize` and `dtype` again.
     """
-    config = read_json(Path(folder) / CONFIG, "")
+    config = read_json(Path(folder) / CONFIG)
     source = source or config.get("base_model_name_or_path")
     if not source or not isinstance(source, str):
         raise ValueError(f"{folder} does not name its base; give it as --model")
@@ -98,7 +98,7 @@ with torch.inference_mode():
 
 def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.Tensor | None:
     """The base as a folder of transformers, the adapter on it by PEFT; virtual positions are left out."""
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as files:
+    with tempfile.TemporaryDirectory() as scratch:
         there = Path(scratch)
         save_model(base, there / "base")
         write_safetensors(there / "ids", {"ids": ids}, {})
@@ -110,4 +110,4 @@ def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"peft: does not run this adapter on this base ({last})")
             return None
-        return open_safetensors(there / "logits", files).get_tensor("logits").clone()
+        return read_tensors(there / "logits")[0]["logits"]

@@ -156,6 +156,7 @@ def test_tensors_that_do_not_fit_are_refused_and_touch_nothing(saved, change, me
         ({"peft_type": "VERA"}, "peft_type 'VERA' is not supported; supported: LORA"),
         ({"peft_type": ["LORA"]}, "peft_type .'LORA'. is not supported"),
         ({"target_modules": ".*q_proj"}, "regular expression"),
+        ({"target_modules": []}, "target_modules is empty"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
         ({"r": 0}, "r is 0"),
         ({"r": 10**9}, "above the smaller side"),

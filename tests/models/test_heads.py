@@ -51,6 +51,15 @@ def test_what_a_checkpoint_lacks_is_new_and_the_rest_is_its_own(head, folder):
             assert torch.equal(parameter, old[name.replace("transformer.", "model.")])
 
 
+def test_the_last_layer_of_another_classifier_is_not_taken_over(folder, tmp_path):
+    tokens = minift.load_model(folder, head="token_classification", num_labels=3, seed=7)
+    minift.save_model(tokens, tmp_path / "tokens")
+    texts = minift.load_model(tmp_path / "tokens", head="sequence_classification", num_labels=3)
+    assert texts.new_modules == ("score",) and not torch.equal(texts.head.weight, tokens.head.weight)
+    again = minift.load_model(tmp_path / "tokens", head="token_classification")
+    assert again.new_modules == () and torch.equal(again.head.weight, tokens.head.weight)
+
+
 def test_a_new_head_depends_on_the_seed_alone(folder):
     def start(seed):
         return minift.load_model(folder, head="sequence_classification", num_labels=3, seed=seed).head.weight

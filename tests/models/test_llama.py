@@ -179,6 +179,7 @@ LLAMA3 = {
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": 1}, "attention_bias"),
+        ({"model_type": "llama", "architectures": ["Qwen2ForCausalLM"]}, "they disagree"),
         ({"attention_bias": True, "model_type": "qwen2"}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "rotary scaling"),
@@ -199,6 +200,12 @@ LLAMA3 = {
 def test_a_config_that_changes_the_forward_is_refused_by_name(change, word):
     with pytest.raises(ValueError, match=word):
         LlamaConfig.from_hf({**HF, **change})
+
+
+def test_the_architecture_says_the_family_where_model_type_does_not():
+    config = {key: value for key, value in HF.items() if key != "model_type"}
+    found = LlamaConfig.from_hf({**config, "architectures": ["Qwen2ForCausalLM"]})
+    assert found.model_type == "qwen2" and found.qkv_bias
 
 
 def test_parameter_count_of_a_meta_build():

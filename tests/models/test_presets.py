@@ -1,12 +1,17 @@
 """Presets: published totals, the names and shapes of transformers, and what methods ask a model for."""
 
+from functools import cache
+
 import pytest
 import torch
 from mutants import survives
 from torch import nn
 
+import minift
 from minift.load import build_model
 from minift.models import skeleton
+from minift.models.config import LARGEST
+from minift.models.gpt2 import GPT2Config
 from minift.models.interface import parameter_count
 from minift.models.presets import PRESETS, build_preset
 from minift.models.targets import fits, match
@@ -49,27 +54,26 @@ PUBLISHED = {
 
 EXPECTED_DIMS = {  # blocks, D, KV, hd, V, context
     "gpt2": (12, 768, 12, 64, 50257, 1024),
-    "gpt3-175b": (2, 12288, 96, 128, 50257, 2048),  # cut to two blocks
+    "gpt3-175b": (96, 12288, 96, 128, 50257, 2048),
     "bert-base": (12, 768, 12, 64, 30522, 512),
-    "t5-small": (6, 512, 8, 64, 32128, 512),
-    "flan-t5-small": (8, 512, 6, 64, 32128, 512),
+    "t5-small": (6, 512, 8, 64, 32128, LARGEST),  # relative positions end nowhere
+    "flan-t5-small": (8, 512, 6, 64, 32128, LARGEST),
     "qwen2.5-0.5b": (24, 896, 2, 64, 151936, 32768),
 }
-EXPECTED_ENDS = {
-    "gpt2": ["c_attn", "c_attn", "c_proj"],
-    "gpt3-175b": ["k_proj", "v_proj", "c_proj"],
-    "bert-base": ["key", "value", "dense"],
-    "t5-small": ["k", "v", "wo"],
-    "flan-t5-small": ["k", "v", "wo"],
-    "qwen2.5-0.5b": ["k_proj", "v_proj", "down_proj"],
+USUAL = {
+    "gpt2": ["c_attn"],
+    "gpt3-175b": ["q_proj", "v_proj"],
+    "bert-base": ["query", "value"],
+    "flan-t5-small": ["q", "v"],
+    "smollm2-135m": ["q_proj", "v_proj"],
+    "mistral-7b": ["q_proj", "v_proj"],
+    "qwen2.5-0.5b": ["q_proj", "v_proj"],
 }
-EXPECTED_EACH = {name: (3, 3, 2) if "t5" in name else (1, 1, 1) for name in EXPECTED_ENDS}
 
 
 @pytest.fixture(scope="module")
 def built():
-    made = {}
-    return lambda name: made.setdefault(name, build_preset(name))
+    return cache(build_preset)
 
 
 def shapes(model) -> dict[str, tuple[int, ...]]:
@@ -102,7 +106,7 @@ def meant(model, role, paths=None) -> list[str]:
 @pytest.mark.parametrize("name", [*EXPECTED_DIMS, "llama-3-8b", "mistral-7b", "smollm2-135m"])
 def test_what_methods_ask_a_model_for_agrees_with_its_tree(built, name):
     model, dims, modules = built(name), built(name).dims, bare_modules(built(name))
-    assert len(model.blocks) == dims.blocks
+    assert dims == EXPECTED_DIMS.get(name, dims) and len(model.blocks) == dims.blocks
     assert tuple(model.embed.weight.shape) == (dims.vocab, dims.hidden)
     shared = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False)) - PUBLISHED[name]
     assert shared == (dims.vocab * dims.hidden if model.tied else 0)
@@ -142,10 +146,17 @@ def test_a_block_number_of_t5_means_that_block_of_both_stacks(built):
                       ("encoder", "decoder")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt3-175b", "bert-base", "t5-small", "qwen2.5-0.5b"])
-def test_shapes_have_no_forward_and_say_so(built, name):
-    with pytest.raises(ValueError, match=f"{name} is a preset, shapes without weights or a forward"):
-        built(name)(torch.zeros(1, 3, dtype=torch.long, device="meta"))
+def test_gpt3_has_no_forward_and_says_so(built):
+    with pytest.raises(ValueError, match="gpt3-175b has no forward here; it plans and counts"):
+        built("gpt3-175b")(torch.zeros(1, 3, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("name, targets", USUAL.items())
+def test_lora_goes_to_the_usual_layers_of_a_family(built, name, targets):
+    model = built(name)
+    paths = [site.path for site in minift.LoRA().plan(model).sites]
+    assert {path.rpartition(".")[2] for path in paths} == set(targets)
+    assert {model.block_index(path) for path in paths} == set(range(model.dims.blocks))
 
 
 def test_an_unknown_preset_is_an_error_with_its_nearest():
@@ -175,7 +186,7 @@ def test_names_and_shapes_are_those_of_transformers(built, kind):
     transformers = pytest.importorskip("transformers")
     names = [name for name, config in PRESETS.items() if config["architectures"] == [kind]]
     for name in (names[0], names[-1]):  # the smallest and the largest; the others by their totals
-        config = transformers.AutoConfig.for_model(KINDS[kind], **PRESETS[name])
+        config = transformers.AutoConfig.for_model(**{"model_type": KINDS[kind], **PRESETS[name]})
         with skeleton.shapes_only():
             theirs = shapes(getattr(transformers, kind)(config))
         ours = {key.removeprefix("bert."): shape for key, shape in shapes(built(name)).items()}
@@ -185,40 +196,28 @@ def test_names_and_shapes_are_those_of_transformers(built, kind):
         assert ours == {key: shape for key, shape in theirs.items() if key not in copies}, name
 
 
-CUT = {**PRESETS["gpt3-175b"], "n_layer": 2}  # the whole takes a second
-
-
-def check_skeleton(module):
-    """Totals, names and what methods ask for, of one size of each family."""
-    for name, dims in EXPECTED_DIMS.items():
-        with module.shapes_only():
-            model = module.Skeleton(CUT if name == "gpt3-175b" else PRESETS[name])
-        left_out = 94 * (12 * 12288**2 + 13 * 12288) if name == "gpt3-175b" else 0
-        assert parameter_count(model) == PUBLISHED[name] - left_out
-        assert model.dims == dims and all(p.is_meta for p in model.parameters())
-        found = [meant(model, role) for role in ("k", "v", "ffn_out")]
-        assert [f[0].rpartition(".")[2] for f in found] == EXPECTED_ENDS[name]
-        assert [len(f) for f in found] == [dims[0] * n for n in EXPECTED_EACH[name]]
+def check_gpt3(module):
+    """Totals, names and what methods ask for, cut to two blocks."""
+    with module.shapes_only():
+        model = module.GPT3(GPT2Config.from_hf({**PRESETS["gpt3-175b"], "n_layer": 2}))
+    assert parameter_count(model) == PUBLISHED["gpt3-175b"] - 94 * (12 * 12288**2 + 13 * 12288)
+    assert all(p.is_meta for p in model.parameters())
+    assert [len(meant(model, role)) for role in ("k", "v", "attn_out", "ffn_in")] == [2] * 4
+    names = [path.rpartition(".")[2] for role in ("k", "v") for path in meant(model, role)]
+    assert names == ["k_proj", "k_proj", "v_proj", "v_proj"]
 
 
 MUTANTS = [
-    ('"mlp.c_fc": nn.Linear(D, 4 * D)', '"mlp.c_fc": nn.Linear(D, 3 * D)'),
-    ('{"attn.c_attn": 3}', '{"attn.c_attn": 2}'),
-    ("nn.Embedding(c[\"n_positions\"], D)", "nn.Embedding(V, D)"),
-    ("names[-2:][0],)", "names[0],)"),
-    ('"intermediate.dense": nn.Linear(D, F)', '"intermediate.dense": nn.Linear(D, F, bias=False)'),
-    ('"bert.pooler.dense": nn.Linear(D, D)', '"bert.pooler.dense": nn.Identity()'),
-    ("inner, gated = heads * c[\"d_kv\"]", "inner, gated = D"),
-    ('if biased:', "if True:"),
-    ("block(i, cross=True)", "block(i)"),
-    ('("wi_0", "wi_1") if gated', '("wi_0",) if gated'),
-    ('"lm_head", c["tie_word_embeddings"])', '"lm_head", True)'),
-    ('c["num_key_value_heads"] * (D // H)', "D"),
-    ('nn.Linear(D, out) for n, out', "nn.Linear(D, out, bias=False) for n, out"),
-    ("if self.layout.tied:", "if False:"),
-]  # fmt: skip
+    ("nn.Linear(D, D)", "nn.Linear(D, 3 * D)"),
+    ("nn.Linear(D, D)", "nn.Linear(D, D, bias=False)"),
+    ('for name in "qkv"', 'for name in "qk"'),
+    (', "c_proj": block.attn.c_proj', ""),
+    ('"k": ("attn.k_proj",)', '"k": ("attn.q_proj",)'),
+    ('"v": ("attn.v_proj",)', '"v": ("attn.k_proj",)'),
+    ("in self.blocks:", "in self.blocks[1:]:"),
+]
 
 
-def test_the_check_passes_on_the_skeletons_and_kills_every_mutant_of_them():
-    check_skeleton(skeleton)
-    assert [m for m in MUTANTS if survives(check_skeleton, skeleton, *m)] == []
+def test_the_check_passes_on_gpt3_and_kills_every_mutant_of_it():
+    check_gpt3(skeleton)
+    assert [m for m in MUTANTS if survives(check_gpt3, skeleton, *m)] == []

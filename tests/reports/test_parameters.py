@@ -30,8 +30,10 @@ GOLDEN = [
     ("llama-3-8b", "prompt_tuning", {"num_virtual_tokens": 20}, 81_920),
     ("llama-2-7b", "prefix_tuning", {"num_virtual_tokens": 20}, 5_242_880),
     ("llama-3-8b", "prefix_tuning", {"num_virtual_tokens": 20}, 1_310_720),
-    ("gpt2", "lora", {"r": 8, "target_modules": ("c_attn",)}, 294_912),
     ("gpt2", "lora", {"r": 8, "target_modules": ALL}, 1_179_648),
+    ("gpt2", "lora", {"r": 8}, 294_912),  # on the layers that are usual for the family, as in PEFT
+    ("bert-base", "lora", {"r": 8}, 294_912),
+    ("flan-t5-base", "lora", {"r": 32}, 3_538_944),
     ("gpt2", "ia3", {}, 12 * (3 * 768 + 4 * 768)),  # keys and values are the fused c_attn, as in PEFT
     ("gpt3-175b", "lora", {"r": 1, "target_modules": QV}, 4_718_592),  # "4.7M" in the paper
     ("gpt3-175b", "lora", {"r": 4, "target_modules": QV}, 18_874_368),
@@ -286,7 +288,7 @@ MUTANTS = [
     ('r".*?\\.\\d+(?=\\.)"', 'r".*\\.\\d+"'),
     ("reversed(chain(module))", "()"),
     ('return f"{n} x ({text})" if is_sum else f"{n} x {text}"', "return text"),
-    ("if site.parameters)", "if site.r)"),
+    ("if site.parameters\n", "if site.r\n"),
 ]  # fmt: skip
 
 
