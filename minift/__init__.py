@@ -43,6 +43,7 @@ _HOME = {
     "FORMATS": "minift.quant",
     "MODELS": "minift.models",
     "generate": "minift.models.generate",
+    "stream": "minift.models.generate",
     "train": "minift.training.loop",
     "evaluate_loss": "minift.training.evaluation",
     "TrainConfig": "minift.training.settings",

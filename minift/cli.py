@@ -19,7 +19,8 @@ USAGE = """minift VERB ...
   rank show|advise|set|shrink|grow DIR [--r 4] [--energy 0.99] [--output DIR]    ranks of an adapter folder
   verify DIR [--model MODEL]             an adapter through our code, its merge and peft: largest difference
   tokens MODEL --adapter DIR [--k 5]     the vocabulary's tokens nearest to each learned virtual token
-  generate MODEL [--adapter DIR] TEXT    continue a text, or answer it with --chat
+  generate MODEL TEXT [--adapter DIR]    continue a text as a stream, or answer it with --chat; --num-beams N
+        or --temperature T, --top-k, --top-p, --min-p; --repetition-penalty R, --stop TEXT
   env                                    versions, devices, which kernels run here and why
 
 settings are the config's own paths: --method lora --method.r 16 --train.epochs 2

@@ -26,11 +26,17 @@ class RunConfig:
     """A run of `minift train`."""
 
     data: str
-    """JSONL file of training rows with prompt and completion."""
+    """JSONL file of training rows: with prompt and completion, or with text and label."""
     model: str = "smollm2"
     """Alias, Hugging Face folder or .gguf file."""
     dtype: str = "bfloat16"
     """Storage and compute of the base: float32, bfloat16 or float16. Trainable parameters are float32."""
+    head: str = ""
+    """Of models.heads.HEADS, or regression; empty means the one that the checkpoint has."""
+    labels: tuple[str, ...] = ()
+    """A new classifier's labels in the order of their numbers; empty means those of the training rows."""
+    num_labels: int = 0
+    """How many they are, where they have no names; 0 means as many as labels, or as the rows have."""
     device: str = "cpu"
     valid: str = ""
     """JSONL file of validation rows; empty means none."""

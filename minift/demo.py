@@ -21,9 +21,9 @@ from minift.methods.lora import LoRA
 from minift.methods.qlora import QLoRA
 from minift.metrics.language_model import perplexity
 from minift.metrics.rouge import rouge
+from minift.models.disk import write_text
 from minift.models.generate import generate
 from minift.models.interface import LanguageModel
-from minift.models.weights import write_text
 from minift.training.evaluation import evaluate_loss
 from minift.training.loop import train
 from minift.training.settings import TrainConfig

@@ -3,6 +3,8 @@
 Imports stand inside the functions, so that a typing error is told before torch is loaded.
 """
 
+import argparse
+
 from minift.words import Parser, add_any_base, add_quantization, given, quantization
 
 
@@ -133,6 +135,20 @@ def params(argv):
     print(report(config.model, config.method, recipe, config.dtype, as_json=as_json, head=head, **own))
 
 
+# Settings of generate as words: fields of models.sampling.Decoding.
+DECODING = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "num_beams": int,
+    "length_penalty": float,
+    "early_stopping": lambda word: {"true": True, "false": False}.get(word, word),
+    "seed": int,
+}
+
+
 def generate(argv):
     parser = Parser("minift generate", allow_abbrev=False)
     parser.add_argument("model")
@@ -143,10 +159,9 @@ def generate(argv):
     parser.add_argument("--any-template", action="store_true", help="and with another chat template")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, kind in DECODING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+    parser.add_argument("--stop", action="append", help="a text that ends the answer; any number of them")
     add_quantization(parser, "--quantize.")
     a = parser.parse_args(argv)
     recipe = quantization(a, "quantize.") if given(a) else None
@@ -155,6 +170,7 @@ def generate(argv):
     from minift.methods.files import load_adapter
     from minift.methods.fingerprint import NO_TEMPLATE
     from minift.models.generate import generate as continue_
+    from minift.models.generate import stream
 
     tokenizer = load_tokenizer(a.model)
     model = load_model(a.model, a.dtype, quantize=recipe)
@@ -163,16 +179,18 @@ def generate(argv):
         load_adapter(
             model, a.adapter, check_base=not a.any_base, template=None if a.any_template else template
         )
-    prompt = encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")
-    new = continue_(
-        model,
-        [prompt],
-        a.max_new_tokens,
-        temperature=a.temperature,
-        top_k=a.top_k,
-        top_p=a.top_p,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        seed=a.seed,
+    if model.is_encoder_decoder and a.chat:
+        raise ValueError(f"--chat is for decoders, and {a.model} has an encoder that reads TEXT as it is")
+    prompt = (
+        tokenizer.encode(a.text, special_tokens=True)
+        if model.is_encoder_decoder
+        else encode_prompt(tokenizer, a.text, "chat" if a.chat else "none")
     )
-    print(tokenizer.decode(new[0]))
+    asked = {name: value for name, value in vars(a).items() if name in DECODING}
+    asked |= {"tokenizer": tokenizer, "stop": tuple(a.stop or ())}
+    if asked.get("num_beams", 1) > 1:  # known at the end alone
+        print(tokenizer.decode(continue_(model, [prompt], a.max_new_tokens, **asked)[0]))
+        return
+    for _, piece in stream(model, [prompt], a.max_new_tokens, **asked):
+        print(piece, end="", flush=True)
+    print()

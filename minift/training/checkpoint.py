@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from minift.models.weights import open_safetensors, read_json, write_safetensors, write_text
+from minift.models.disk import write_text
+from minift.models.json_file import read_json
+from minift.models.safetensors_file import HEADER_BYTES, read_tensors, write_safetensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
@@ -61,7 +62,7 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict, buf
 
     The configuration must be the one that the checkpoint was made with, field by field.
     """
-    state = read_json(folder / "state.json", "")
+    state = read_json(folder / "state.json")
     if not isinstance(state.get("step"), int) or not isinstance(state.get("config"), dict):
         raise ValueError(f"{folder / 'state.json'} is damaged; remove {folder} to resume from an older one")
     changed = {
@@ -77,9 +78,7 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer, config: dict, buf
             f"{folder} was made with {was}; resume with the same configuration, or start afresh "
             "with --overwrite"
         )
-    with ExitStack() as files:
-        opened = open_safetensors(folder / "state.safetensors", files)
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    tensors, _ = read_tensors(folder / "state.safetensors", HEADER_BYTES)
     wanted = {
         f"{kind}:{name}" for name in parameters for kind in ("parameter", *(MOMENTS if state["step"] else ()))
     }

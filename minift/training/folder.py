@@ -9,8 +9,9 @@ from pathlib import Path
 
 from minift.methods.base import training_adapter
 from minift.methods.files import save_adapter
+from minift.models.disk import write_text
 from minift.models.interface import LanguageModel
-from minift.models.weights import as_stored, write_folder, write_text
+from minift.models.weights import as_stored, write_folder
 from minift.training.checkpoint import checkpoints
 from minift.training.log import read_log
 

@@ -1,9 +1,10 @@
 """Training, in one plain loop.
 
-    for each step: an effective batch of rows, cut into micro-batches; loss = sum of nats / its tokens;
+    for each step: an effective batch of rows, cut into micro-batches; loss = their sum / its positions;
     backward; clip; AdamW at lr_at(step); log.
 
-The gradient is that of the mean over all supervised tokens of the effective batch, however it is cut.
+The gradient is that of the mean over all supervised positions of the effective batch (tokens of language
+models, rows of classifiers), however it is cut.
 """
 
 import hashlib
@@ -20,12 +21,12 @@ from minift.memory import peak_memory_mib, release_free_memory
 from minift.methods.base import Method, buffers, trainable, training_adapter
 from minift.methods.fingerprint import NO_TEMPLATE
 from minift.metrics.language_model import perplexity
+from minift.models.disk import write_text
 from minift.models.interface import LanguageModel
-from minift.models.weights import write_text
 from minift.optim.schedule import lr_at
 from minift.reports.plots import plot_loss
 from minift.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from minift.training.evaluation import encode, mean_nats
+from minift.training.evaluation import encode, scores
 from minift.training.folder import interruptible, keep_until, open_output, save_trained
 from minift.training.log import Log, read_log
 from minift.training.objective import Objective
@@ -52,8 +53,9 @@ def train(
 ) -> dict:
     """Train what `minift.apply` made trainable; returns the run's metrics, which metrics.json holds too.
 
-    `data` and `valid` are JSONL files or lists of rows with prompt and completion. Writes config.json,
-    plan.txt, log.jsonl, the adapter (or, after full fine-tuning, the folder model/), metrics.json, loss.png.
+    `data` and `valid` are JSONL files or lists of rows: with prompt and completion, or with text and label
+    where the model is a sequence classifier. Writes config.json, plan.txt, log.jsonl, the adapter (or, after
+    full fine-tuning, the folder model/), metrics.json, loss.png.
     """
     config = config or TrainConfig()
     if not trainable(model):
@@ -156,7 +158,7 @@ class Run:
                 done = step + 1
                 log.step(
                     step,
-                    sum(map(len, batch)),
+                    sum(example.tokens for example in batch),
                     self.objective.model.device,
                     epoch=round(done / self.steps_per_epoch, 4),
                     loss=loss,
@@ -173,20 +175,20 @@ class Run:
                     and done % config.eval_every == 0
                     and done < self.total
                 ):
-                    log.write({"step": done, "eval_loss": self.evaluate()})
+                    log.write({"step": done, **self.evaluate()})
                 if config.save_every and done % config.save_every == 0 and done < self.total:
                     save_checkpoint(
                         self.output, done, self.parameters, self.optimizer, self.key, self.buffers
                     )
 
     def gradients(self, batch: list, step: int) -> tuple[float, float]:
-        """Accumulate the gradient of the batch's mean loss per token, clip it; (loss, norm before that)."""
+        """Accumulate the gradient of the batch's mean loss, clip it; (loss, norm before that)."""
         self.optimizer.zero_grad()
-        batch_tokens = sum(example.supervised for example in batch)
+        count = sum(example.supervised for example in batch)
         mean = 0.0
         for part in micro_batches(batch, self.config.micro_batch_tokens):
             loss_sum, _ = self.objective(collate(part, self.pad_id, self.objective.model.device))
-            loss = loss_sum / batch_tokens
+            loss = loss_sum / count
             if not torch.isfinite(loss):
                 raise NonFiniteLoss(
                     f"the loss is {loss.item()} at step {step + 1}, in the rows {_where(part)}"
@@ -211,9 +213,9 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
         return mean, norm.item()
 
-    def evaluate(self) -> float:
-        """Mean nats per supervised token of the held-out rows."""
-        return mean_nats(self.objective, self.held_out, self.pad_id, self.config.micro_batch_tokens)
+    def evaluate(self) -> dict:
+        """Of the held-out rows."""
+        return scores(self.objective, self.held_out, self.pad_id, self.config.micro_batch_tokens)
 
     def stop(self, finished: int, reason: str) -> str:
         """Save where the run stands; the sentence that says so."""
@@ -251,10 +253,12 @@ def _summarize(run: Run, log: Log, output: Path) -> dict:
         "peak_memory_mib": round(peak_memory_mib(run.objective.model.device)),
     }
     if run.held_out:
-        loss = run.evaluate()
+        metrics |= run.evaluate()
+        loss = metrics["eval_loss"]
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss on the validation rows is {loss}; the adapter is in {output}")
-        metrics |= {"eval_loss": loss, "eval_perplexity": perplexity(loss, 1)}
+        if run.objective.model.head_kind in ("causal_lm", "seq2seq_lm"):
+            metrics["eval_perplexity"] = perplexity(loss, 1)
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     plot_loss(records, output / "loss.png")
     return metrics

@@ -23,10 +23,16 @@ def describe_run(model, data, valid, config) -> dict:
         "dtype": model.loaded_dtype or str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         **paths,
+        **_head(model),
         **_quantize(model, method),
         "method": {"name": method.name, **asdict(method)},
         "train": asdict(config),
     }
+
+
+def _head(model) -> dict:
+    """A classifier's head, and the names of its outputs in the order of their numbers."""
+    return {"head": model.head_kind, "labels": list(model.labels)} if model.labels else {}
 
 
 def _quantize(model, method) -> dict:
@@ -42,10 +48,12 @@ def resume_key(recorded: dict, model: LanguageModel, examples: list) -> dict:
     free = ("output", "log_every", "save_every", "eval_every")  # they do not touch the trained numbers
     train = {f"train.{name}": value for name, value in recorded["train"].items() if name not in free}
     method = {f"method.{name}": value for name, value in recorded["method"].items()}
-    digest = hashlib.sha256(json.dumps([(e.ids, e.prompt_length) for e in examples]).encode()).hexdigest()
+    rows = [{**vars(example), "where": None} for example in examples]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return {
         "model": recorded["model"],
         "dtype": recorded["dtype"],
+        **_head(model),
         "base_sha256": fingerprint(model)
         if model.adapters[training_adapter(model)].method.adapter_file
         else None,

@@ -31,6 +31,8 @@ class TrainConfig:
     """Gradients are scaled down to this 2-norm; 0 means never."""
     max_length: int = 1024
     """Most tokens of a row; a longer row is an error."""
+    truncate: bool = False
+    """Cut a classifier's longer text at its end instead."""
     template: str = "none"
     """none: prompt and completion as they stand; chat: as a user turn and its answer."""
     seed: int = 0

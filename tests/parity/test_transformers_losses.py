@@ -78,6 +78,8 @@ def test_loss_and_gradients_agree(tmp_path_factory, family, head, labels, B, T, 
     folder = tmp_path_factory.mktemp("m")
     minift.save_model(ours, folder)
     peer = AUTO[head].from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if head == "question_answering":
+        short = 0  # theirs takes padding for a place of the answer, ours does not
     batch = batch_of(head, len(ours.labels), B, T, short)
     total, count = Objective(ours)(batch)
     loss, expected = total / count, peer(**batch).loss
@@ -85,7 +87,7 @@ def test_loss_and_gradients_agree(tmp_path_factory, family, head, labels, B, T, 
     assert abs(loss - expected) <= 1e-5 * (1 + expected.abs())
     loss.backward()
     expected.backward()
-    theirs = dict(peer.named_parameters())
+    theirs = dict(peer.named_parameters(remove_duplicate=False))  # tied: two names of one
     for name, p in ours.named_parameters():
         if theirs[name].grad is None:
             assert p.grad is None or not p.grad.any(), name
