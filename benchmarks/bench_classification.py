@@ -53,8 +53,8 @@ class Task:
 
 
 TASKS = {
-    "sst2": Task("sst2/train.jsonl", "sst2/dev.jsonl", 500, 2),
-    "banking77": Task("banking77/train.jsonl", "banking77/test.jsonl", 20, 5),
+    "sst2": Task("sst2/train.jsonl", "sst2/dev.jsonl", 300, 2),
+    "banking77": Task("banking77/train.jsonl", "banking77/test.jsonl", 10, 5),
 }
 QUICK = {"sst2": replace(TASKS["sst2"], per_label=64, epochs=4)}
 TRAIN = TrainConfig(batch_size=32, micro_batch_tokens=512, max_length=128, warmup_steps=10)

@@ -9,7 +9,8 @@ from benchmarks.harness import gate
 from minift.load import load_model, load_tokenizer
 from minift.metrics.language_model import perplexity
 from minift.quant import FORMATS, quantize_model
-from minift.reports.quantization import TOKENS, read_text, text_nats
+from minift.reports.probe import read_text
+from minift.reports.quantization import TOKENS, text_nats
 
 
 def run(quick: bool) -> tuple[list[dict], dict]:

@@ -181,6 +181,8 @@ def _family(config: dict, path):
 def _labels(config: dict, head: str, is_stored: bool, num_labels: int | None, labels) -> tuple[str, ...]:
     """The names of the outputs of a head that the checkpoint has, or of a new one."""
     if labels is not None:
+        if not isinstance(labels, list | tuple) or not all(isinstance(x, str) and x for x in labels):
+            raise ValueError(f"labels is {labels!r}; it is a list of names")
         labels = tuple(labels)
         if num_labels not in (None, len(labels)) or len(set(labels)) != len(labels) or not labels:
             raise ValueError(f"labels {labels} must be different names, as many as num_labels, {num_labels}")

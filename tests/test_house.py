@@ -39,7 +39,7 @@ THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "metrics": {"numpy"},
     "data": {"numpy", "torch", "tokenizers", "jinja2"},
-    "models": {"torch", "numpy", "safetensors", "gguf"},
+    "models": {"torch", "numpy", "gguf"},
     "quant": {"torch"},
     "methods": {"torch"},
     "optim": {"torch"},

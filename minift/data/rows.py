@@ -9,7 +9,7 @@ from pathlib import Path
 
 FIELDS = ("prompt", "completion")
 LABELLED = ("text", "label")
-MOST_LABELS = 2**20
+MOST_LABELS = 2**16
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, which is what a number to predict becomes
 
 

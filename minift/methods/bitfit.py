@@ -42,7 +42,7 @@ class BitFit(Method):
         if reason := self.refuses(model):
             raise ValueError(f"{self.name} cannot run on this model: {reason}")
         sites = plan_trained(model, self.target_modules or ("*",), "target_modules", only=("bias",))
-        return tuple(site for site in sites if not model.is_new(site.path))  # a new head trains whole
+        return sites
 
     def inject(self, model, plan, name, seed):
         inject_trained(model, plan.sites, name)

@@ -67,6 +67,8 @@ def save_adapter(
             {s.path: s.scaling for s in adapter.plan.sites if s.scaling is not None}
         ),
     }
+    if adapter.plan.head:
+        facts["minift.head"] = json.dumps({"head": model.head_kind, "labels": model.labels})
     if template is not None:
         facts["minift.template"] = template_hash(template)
     folder = Path(folder)
@@ -125,6 +127,22 @@ def load_adapter(
         if isinstance(error, ValueError | OSError):
             raise
         raise ValueError(f"{folder} holds a value that an adapter cannot have: {error}") from error
+
+
+def trained_head(folder: str | Path) -> dict:
+    """What `load_model` must be asked for so that the base of this adapter has the head that it trained."""
+    path = Path(folder) / WEIGHTS
+    found = fact(read_tensors(path)[1], "minift.head", path)
+    head, labels = found.get("head"), found.get("labels", [])
+    if not found:
+        return {}
+    if (
+        not isinstance(head, str)
+        or not isinstance(labels, list)
+        or not all(isinstance(x, str) for x in labels)
+    ):
+        raise ValueError(f"{path}: minift.head in the metadata is {found}; it names a head and its labels")
+    return {"head": head, "labels": tuple(labels)} if labels else {"head": head}
 
 
 def _read_method(model, folder: Path, config: dict, facts: dict):

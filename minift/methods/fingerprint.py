@@ -104,6 +104,12 @@ def check_facts(model, facts: dict, where, check_base: bool, template: str | Non
             f"{where.parent} was trained over another adapter ({names}) that is not active here; load that "
             "first, or do not check (check_base=False in Python, --any-base)"
         )
+    labels = fact(facts, "minift.head", where).get("labels")
+    if check_base and labels is not None and labels != list(model.labels):
+        raise ValueError(
+            f"{where.parent} was trained with the labels {labels}, and the model has {list(model.labels)}; "
+            "load it with labels=..., or do not check (check_base=False in Python, --any-base)"
+        )
     known = facts.get("minift.template")
     if template is not None and known not in (None, template_hash(template)):
         raise ValueError(

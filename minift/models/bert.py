@@ -21,8 +21,7 @@ from torch import nn
 
 from minift.kernels.attention import attention
 from minift.models.config import ModelConfig, check_choice, check_multiple
-from minift.models.interface import Dims, LanguageModel, attend_everywhere, default_positions
-from minift.models.wrappers import innermost
+from minift.models.interface import Dims, LanguageModel, attend_everywhere, check_positions, default_positions
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -41,7 +40,6 @@ class BertConfig(ModelConfig):
         "position_embedding_type": (None, "absolute"),
         "is_decoder": (False, None),
         "add_cross_attention": (False, None),
-        "auto_map": (None,),
     }
 
     vocab_size: int
@@ -164,7 +162,6 @@ class Bert(LanguageModel):
         (r"LayerNorm\.gamma$", "LayerNorm.weight"),
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
     )
-    causal = False
     trunk, blocks_path = "bert", "bert.encoder.layer"
     squash: ClassVar = staticmethod(torch.tanh)  # of the pooler
     first_position = 0  # what the position of a text's first token is in the table
@@ -198,10 +195,6 @@ class Bert(LanguageModel):
         D, H = c.hidden_size, c.num_attention_heads
         return Dims(c.num_hidden_layers, D, H, D // H, c.vocab_size, c.max_position_embeddings - position)
 
-    def tie_weights(self):
-        if self.config.tie_word_embeddings and self.head_kind == "masked_lm":
-            innermost(self.head).weight = innermost(self.embed).weight
-
     def settle(self, tensors):
         """A pooler that no head reads is left out; a masked LM's last bias stands alone in checkpoints.
 
@@ -222,11 +215,7 @@ class Bert(LanguageModel):
         if position_ids is None:
             position_ids = default_positions(attention_mask, x.shape[1], 0, x.device)
         S = x.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if self.dims.context < S and int(position_ids.max()) >= self.dims.context:
-            raise ValueError(
-                f"a text has {int(position_ids.max()) + 1} tokens, virtual ones included; the model has "
-                f"{self.dims.context} positions (max_position_embeddings), so cut the text"
-            )
+        check_positions(position_ids, S, self.dims.context, "max_position_embeddings")
         x = self.embeddings(x, position_ids + self.first_position, token_type_ids)
         mask = attend_everywhere(attention_mask)
         for i, block in enumerate(self.blocks):

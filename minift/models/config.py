@@ -1,13 +1,15 @@
 """config.json as frozen dataclasses with its own field names, checked before anything is made of them.
 
 A family's config names its fields, the fields that change the forward with the values that it computes
-(`MUST_BE`), and nothing else is read.
+(`MUST_BE`); what else it reads stands in its `from_hf`.
 """
 
 import typing
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import ClassVar
 
+# Fields of any family: weights in a format of their own, a class that comes with the checkpoint.
+NEVER = {"quantization_config": (None,), "auto_map": (None,)}
 LARGEST = 2**31 - 1  # of a count: what a dimension of a tensor may be
 MOST_BLOCKS = 1024
 
@@ -35,7 +37,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
         """From config.json's fields; one that is missing, out of range or not supported is an error."""
-        check_supported(config, cls.MUST_BE)
+        check_supported(config, {**NEVER, **cls.MUST_BE})
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:

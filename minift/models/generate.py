@@ -40,7 +40,7 @@ def generate(
     (pieces.cut). `use_cache=False` reads the whole text again at every step.
     """
     how = Decoding(**decoding)
-    _check(model, prompts, max_new_tokens, how, tokenizer)
+    _check(model, prompts, max_new_tokens, how, tokenizer, pad_id)
     ends, texts = _ends(eos_ids, tokenizer), Texts(model, prompts, max_new_tokens, pad_id, use_cache)
     if how.num_beams > 1:
         return beam_search(texts, max_new_tokens, how, ends)
@@ -65,8 +65,10 @@ def stream(
 
     The pieces of a row together are its text: that of its ids, cut before a stop string to the character.
     """
+    if tokenizer is None:
+        raise ValueError("stream gives text and needs the model's tokenizer; generate gives token ids")
     how = Decoding(**decoding)
-    _check(model, prompts, max_new_tokens, how, tokenizer)
+    _check(model, prompts, max_new_tokens, how, tokenizer, pad_id)
     if how.num_beams > 1:
         raise ValueError(
             f"num_beams is {how.num_beams}, and beam search has no text before its end; use generate"
@@ -78,17 +80,13 @@ def stream(
 @torch.inference_mode()
 def _grow(texts: Texts, max_new_tokens: int, how: Decoding, rows: list[Pieces]) -> Iterator[tuple[int, str]]:
     """Add tokens to the rows until each has ended; gives (row, piece)."""
-    device = texts.ids.device
     if how.temperature > 0:
-        u = torch.stack(
-            [uniforms(how.seed, row, max_new_tokens) for row in range(len(rows))], dim=1
-        )  # (n, B)
+        each = [uniforms(how.seed, row, max_new_tokens) for row in range(len(rows))]
+        u = torch.stack(each, dim=1).to(texts.ids.device)  # (n, B)
     for step in range(max_new_tokens):
         scores = penalize(texts.logits(), texts.seen(), how.repetition_penalty)  # (B, V)
-        if how.temperature == 0:
-            tokens = scores.argmax(dim=-1)  # (B,)
-        else:
-            tokens = draw(*distribution(scores, how), u[step].to(device))
+        greedy = how.temperature == 0
+        tokens = scores.argmax(dim=-1) if greedy else draw(*distribution(scores, how), u[step])  # (B,)
         for row, token in enumerate(tokens.tolist()):
             if not rows[row].done and (piece := rows[row].add(token)):
                 yield row, piece
@@ -103,10 +101,10 @@ def _grow(texts: Texts, max_new_tokens: int, how: Decoding, rows: list[Pieces]) 
 def _ends(eos_ids, tokenizer) -> set[int]:
     if eos_ids is None:
         eos_ids = () if tokenizer is None else tokenizer.eos_ids
-    return set(eos_ids)
+    return {eos_ids} if isinstance(eos_ids, int) else set(eos_ids)
 
 
-def _check(model, prompts, max_new_tokens, how, tokenizer):
+def _check(model, prompts, max_new_tokens, how, tokenizer, pad_id):
     if model.head_kind not in GENERATING:
         raise ValueError(
             f"generate needs a head that gives the next token, {' or '.join(GENERATING)}, and this model has "
@@ -114,7 +112,11 @@ def _check(model, prompts, max_new_tokens, how, tokenizer):
         )
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if isinstance(prompts, str) or any(isinstance(p, str) or not isinstance(p[0], int) for p in prompts):
+        raise ValueError("prompts are lists of token ids; encode texts with the tokenizer first")
     V = model.dims.vocab
+    if not 0 <= pad_id < V:
+        raise ValueError(f"pad_id is {pad_id}; the vocabulary is 0 to {V - 1}")
     for wrong in (max(map(max, prompts)), min(map(min, prompts))):
         if not 0 <= wrong < V:
             raise ValueError(

@@ -19,9 +19,7 @@ from torch import nn
 from minift.kernels.attention import attention
 from minift.models.config import ModelConfig, check_multiple
 from minift.models.heads import HEADS
-from minift.models.interface import Dims, LanguageModel, attend, default_positions
-from minift.models.layers import KVCache
-from minift.models.wrappers import innermost
+from minift.models.interface import Dims, LanguageModel, attend, check_positions, default_positions
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,6 @@ class GPT2Config(ModelConfig):
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-        "quantization_config": (None,),
-        "auto_map": (None,),
     }
 
     def __post_init__(self):
@@ -160,20 +156,12 @@ class GPT2(LanguageModel):
         c = self.config
         return Dims(c.n_layer, c.n_embd, c.n_head, c.n_embd // c.n_head, c.vocab_size, c.n_positions)
 
-    def tie_weights(self):
-        if self.config.tie_word_embeddings and self.head_kind == "causal_lm":
-            innermost(self.head).weight = innermost(self.embed).weight
-
     def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
         T, past = x.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = default_positions(attention_mask, T, past, x.device)
         S = past + T if attention_mask is None else attention_mask.shape[1]
-        if self.dims.context < S and int(position_ids.max()) >= self.dims.context:
-            raise ValueError(
-                f"a text has {int(position_ids.max()) + 1} tokens, virtual ones included; the model has "
-                f"{self.dims.context} positions (n_positions), so cut the text"
-            )
+        check_positions(position_ids, S, self.dims.context, "n_positions")
         x = x + self.transformer.wpe(position_ids)  # (B, T, D)
         mask = attend(attention_mask, T, S, device=x.device)
         for i, block in enumerate(self.transformer.h):
@@ -181,6 +169,3 @@ class GPT2(LanguageModel):
         if cache is not None:
             cache.advance(T if prefix_kv is None else T + prefix_kv[0][0].shape[2])
         return self.transformer.ln_f(x)
-
-    def make_cache(self, B: int, capacity: int) -> KVCache:
-        return KVCache(B, capacity, self.dims, self.dtype, self.device)

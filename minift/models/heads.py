@@ -22,6 +22,7 @@ HEADS = {  # head -> the end of its architecture's name in config.json
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq_lm")
 CLASSIFIERS = ("sequence_classification", "token_classification")
 STD = 0.02
+MOST_LABELS = 2**16
 
 
 def asked_head(head: str | None, num_labels: int | None) -> tuple[str | None, int | None]:
@@ -32,11 +33,9 @@ def asked_head(head: str | None, num_labels: int | None) -> tuple[str | None, in
         head, num_labels = "sequence_classification", 1
     if head is not None and head not in HEADS:
         raise ValueError(f"head {head!r} is not one of {', '.join([*HEADS, 'regression'])}")
-    if num_labels is not None:
-        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or not 1 <= num_labels <= 2**16:
-            raise ValueError(f"num_labels is {num_labels!r}; it is a whole number from 1 to {2**16}")
-        if head is not None and head not in CLASSIFIERS:
-            raise ValueError(f"num_labels belongs to {' and '.join(CLASSIFIERS)}, and head is {head!r}")
+    whole = isinstance(num_labels, int) and not isinstance(num_labels, bool)
+    if num_labels is not None and not (whole and 1 <= num_labels <= MOST_LABELS):
+        raise ValueError(f"num_labels is {num_labels!r}; it is a whole number from 1 to {MOST_LABELS}")
     return head, num_labels
 
 
@@ -45,8 +44,10 @@ def read_labels(config: dict) -> tuple[str, ...]:
     table = config.get("id2label")
     if table is None:
         count = config.get("num_labels", 2)
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 2**16:
-            raise ValueError(f"config.json: num_labels is {count!r}; it is a whole number from 1 to {2**16}")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_LABELS:
+            raise ValueError(
+                f"config.json: num_labels is {count!r}; it is a whole number from 1 to {MOST_LABELS}"
+            )
         return default_labels(count)
     numbers = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if not numbers or set(table) != set(numbers) or not all(isinstance(v, str) for v in table.values()):

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.models.adapters import Adapters
-from minift.models.heads import CLASSIFIERS, HEADS, label_fields, last_token
+from minift.models.heads import CLASSIFIERS, HEADS, LANGUAGE_MODELS, label_fields, last_token
+from minift.models.layers import KVCache
 from minift.models.slots import active_slots, most_virtual_tokens, with_virtual_tokens
 from minift.models.wrappers import Wrapper, innermost
 
@@ -48,7 +49,6 @@ class LanguageModel(nn.Module):
     usual_targets: ClassVar[tuple[str, ...]] = ()  # the layers that LoRA is usually put on
     takes_prefix = True  # its blocks take prefix_kv
     is_encoder_decoder = False
-    causal = True  # a token sees those before it, and not those behind it
 
     trunk = ""  # the part without the head in this module tree, as "model"
     blocks_path = ""  # where the blocks stand, as "model.layers"
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"labels {labels} with head {head!r}: classifiers, and only they, have labels")
         super().__init__()
         self.config, self.head_kind, self.labels = config, head, tuple(labels)
-        self.source = ""  # what load_model was asked for, and the dtype
+        self.source = ""  # what load_model was asked for
         self.loaded_dtype = ""
         self.adapters = Adapters(self)
         self.slots = nn.ModuleList()  # virtual tokens, one Slot for each adapter that has some
@@ -99,6 +99,8 @@ class LanguageModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Share what the config says is shared; called after parameters were replaced."""
+        if self.config.tie_word_embeddings and self.head_kind in LANGUAGE_MODELS:
+            innermost(self.head).weight = innermost(self.embed).weight
 
     def settle(self, tensors: dict) -> None:
         """Take what config.json leaves open from a checkpoint's tensors by name, before they are read."""
@@ -122,6 +124,8 @@ class LanguageModel(nn.Module):
         would hold them, given with the first piece of a text alone. Virtual tokens of the active adapters
         (models/slots.py) are added here and left out of what is returned.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids, or inputs_embeds in their place")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T = x.shape[1]
         extended = with_virtual_tokens(self, x, attention_mask, position_ids, prefix_kv, cache)
@@ -143,7 +147,7 @@ class LanguageModel(nn.Module):
 
     def make_cache(self, B: int, capacity: int):
         """A KV cache of just that capacity."""
-        raise NotImplementedError
+        return KVCache(B, capacity, self.dims, self.dtype, self.device)
 
     def pool(self, hidden, input_ids=None, attention_mask=None):
         """What a sequence classifier's head reads of each text: (B, T, D) -> (B, D)."""
@@ -213,6 +217,15 @@ def default_positions(attention_mask, T: int, past: int, device) -> torch.Tensor
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)[None]
     return positions(attention_mask, T)
+
+
+def check_positions(position_ids: torch.Tensor, S: int, most: int, field: str) -> None:
+    """Learned positions end; `field` is what config.json calls their number."""
+    if most < S and int(position_ids.max()) >= most:  # a text of S tokens may be padded
+        raise ValueError(
+            f"a text has {int(position_ids.max()) + 1} tokens, virtual ones included; the model has {most} "
+            f"positions ({field}), so cut the text"
+        )
 
 
 def attend(attention_mask: torch.Tensor | None, T: int, S: int, window: int | None = None, device=None):

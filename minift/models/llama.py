@@ -19,8 +19,7 @@ from minift.kernels.attention import attention
 from minift.kernels.decode_attention import decode_attention
 from minift.models.config import ModelConfig, check_choice, check_multiple
 from minift.models.interface import Dims, LanguageModel, attend, default_positions
-from minift.models.layers import KVCache, Linear, RMSNorm, rotary_frequencies, rotary_tables, rotate
-from minift.models.wrappers import innermost
+from minift.models.layers import Linear, RMSNorm, rotary_frequencies, rotary_tables, rotate
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,7 @@ class LlamaConfig(ModelConfig):
     max_window_layers: int = 0  # blocks before this one see everything
     pad_token_id: int | None = None
 
-    MUST_BE: ClassVar = {
-        "hidden_act": ("silu",),
-        "quantization_config": (None,),
-        "auto_map": (None,),
-        "partial_rotary_factor": (None, 1),
-    }
+    MUST_BE: ClassVar = {"hidden_act": ("silu",), "partial_rotary_factor": (None, 1)}
     MAY_BE_ZERO: ClassVar = ("max_window_layers", "pad_token_id")
 
     def __post_init__(self):
@@ -213,7 +207,7 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, prefix, cache):
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H hd), (B, T, KV hd) twice
-        if cache is not None and T == 1 and prefix is None and not torch.is_grad_enabled():
+        if cache is not None and T == 1 and prefix is None:
             o = decode_attention(q, k, v, *cache.of(self.index), cache.length, *rotary, mask)
             return self.o_proj(o)
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, hd)
@@ -329,10 +323,6 @@ class Llama(LanguageModel):
             c.max_position_embeddings,
         )
 
-    def tie_weights(self):
-        if self.config.tie_word_embeddings and self.head_kind == "causal_lm":
-            innermost(self.head).weight = innermost(self.embed).weight
-
     def run_blocks(self, x, attention_mask, position_ids, prefix_kv, cache):
         c, T, past = self.config, x.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
@@ -352,6 +342,3 @@ class Llama(LanguageModel):
         c = self.config
         w = rotary_frequencies(c.head_dim, c.rope_theta, device)
         return w if c.rope_scaling is None else c.rope_scaling(w)
-
-    def make_cache(self, B: int, capacity: int) -> KVCache:
-        return KVCache(B, capacity, self.dims, self.dtype, self.device)

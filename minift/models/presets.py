@@ -32,8 +32,6 @@ SHARED = {  # architecture -> what all sizes have in common
         "n_positions": 512,
         "relative_attention_num_buckets": 32,
     },
-    "MistralForCausalLM": {"model_type": "mistral"},
-    "Qwen2ForCausalLM": {"model_type": "qwen2"},
 }
 SIZES = {  # (architecture, fields) -> name -> their values
     ("GPT2LMHeadModel", GPT): {

@@ -40,7 +40,7 @@ class Decoding:
     """A text with num_beams finished beams is done: with True at once; with False when the best open beam, as
     long as it is, scores below them; with "never" when it would do so at full length."""
     stop: str | tuple[str, ...] = ()
-    """Texts that end a text and are cut off it; they need the tokenizer."""
+    """Strings that end a text and are cut off it; they need the tokenizer. Special tokens are no text."""
     seed: int = 0
 
     def __post_init__(self):

@@ -30,6 +30,7 @@ from torch import nn
 
 from minift.kernels.attention import causal_mask
 from minift.models.config import LARGEST, ModelConfig, check_choice, check_supported
+from minift.models.heads import last_token
 from minift.models.interface import Dims, LanguageModel, attend, attend_everywhere
 from minift.models.layers import CrossCache, RMSNorm
 from minift.models.slots import with_virtual_tokens
@@ -62,13 +63,7 @@ class T5Config(ModelConfig):
     eos_token_id: int = 1
     decoder_start_token_id: int = 0  # where config.json says nothing, that of padding
 
-    MUST_BE: ClassVar = {
-        "model_type": ("t5",),
-        "is_decoder": (False,),
-        "tie_encoder_decoder": (None, False),
-        "quantization_config": (None,),
-        "auto_map": (None,),
-    }
+    MUST_BE: ClassVar = {"model_type": ("t5",), "is_decoder": (False,), "tie_encoder_decoder": (None, False)}
     BLOCKS: ClassVar = ("num_layers", "num_decoder_layers")
     family: ClassVar[str] = "T5"
 
@@ -268,7 +263,7 @@ class T5(LanguageModel):
 
     def __init__(self, config: T5Config, head: str = "seq2seq_lm", labels: tuple[str, ...] = ()):
         super().__init__(config, head, labels)
-        self.is_encoder_decoder = self.causal = head != "token_classification" and config.is_encoder_decoder
+        self.is_encoder_decoder = head != "token_classification" and config.is_encoder_decoder
         if not self.is_encoder_decoder and head not in ("token_classification", "none"):
             raise ValueError(
                 f"config.json: is_encoder_decoder is false, and the head {head!r} reads a decoder; an "
@@ -319,10 +314,6 @@ class T5(LanguageModel):
         found = re.match(r"(?:transformer\.)?(?:encoder|decoder)\.block\.(\d+)\.", path)
         return int(found.group(1)) if found else None
 
-    def tie_weights(self):
-        if self.config.tie_word_embeddings and self.head_kind == "seq2seq_lm":
-            innermost(self.head).weight = innermost(self.embed).weight
-
     def settle(self, tensors):
         """The stacks' copies of the embeddings must equal them; another matrix for the head unties it."""
         shared = f"{self.trunk}.shared.weight".lstrip(".")
@@ -354,7 +345,11 @@ class T5(LanguageModel):
         if position_ids is not None or prefix_kv is not None:
             raise ValueError("a T5 has relative positions and takes no position_ids and no prefix_kv")
         if not self.is_encoder_decoder:
+            if cache is not None or decoder_input_ids is not None or decoder_attention_mask is not None:
+                raise ValueError("this T5 is an encoder alone: it takes no cache and nothing for a decoder")
             return self.encode(input_ids, attention_mask, inputs_embeds)
+        if decoder_input_ids is None and decoder_attention_mask is not None:
+            raise ValueError("decoder_attention_mask is given and decoder_input_ids are not; give both")
         if decoder_input_ids is None:
             decoder_input_ids, decoder_attention_mask = self._own_input(input_ids, attention_mask)
         states, kv = None, [None] * len(self.blocks)
@@ -438,9 +433,7 @@ class T5(LanguageModel):
                 f"text {int(ends.any(dim=1).long().argmin())} of the batch has no eos_token_id, "
                 f"{self.config.eos_token_id}; a T5 sequence classifier reads there, let the tokenizer add it"
             )
-        places = torch.arange(ends.shape[1], device=ends.device) * ends
-        last = hidden[torch.arange(len(hidden), device=ends.device), places.argmax(dim=-1)]  # (B, D)
-        return self.classification_head.dense(last).tanh()
+        return self.classification_head.dense(last_token(hidden, ends)).tanh()
 
     def make_cache(self, B, capacity):
         if not self.is_encoder_decoder:

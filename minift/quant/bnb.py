@@ -13,6 +13,7 @@ import json
 
 import torch
 
+from minift.models.json_file import parse_json
 from minift.quant.base import NESTED_BLOCK, Layout
 from minift.quant.int8 import INT8_DYNAMIC
 from minift.quant.weight import FORMATS, QuantizedWeight, as_bytes
@@ -102,9 +103,9 @@ def from_state(state: dict[str, torch.Tensor], path: str) -> QuantizedWeight:
 def _facts(stored: torch.Tensor, name: str, kind: str) -> dict:
     """The JSON of a quant_state, each field checked."""
     try:
-        facts = json.loads(bytes(stored.tolist()).decode())
-    except (ValueError, TypeError, RecursionError):
-        facts = None
+        facts = parse_json(stored.cpu().numpy().tobytes()) if stored.dtype == torch.uint8 else None
+    except ValueError as error:
+        raise ValueError(f"{name}: quant_state is not the JSON of a table: {error}") from None
     if not isinstance(facts, dict):
         raise ValueError(f"{name}: quant_state is not the JSON of a table")
     nested = facts.keys() & NESTED_FIELDS

@@ -4,10 +4,10 @@ import torch
 
 from minift.load import fresh_folder, load_model, load_tokenizer, save_model, save_tokenizer
 from minift.methods import merge as fold
-from minift.methods.files import load_adapter
+from minift.methods.files import load_adapter, trained_head
 from minift.models.wrappers import base_layers, innermost
 from minift.quant import Quantization, bnb
-from minift.reports.quantization import read_text
+from minift.reports.probe import logits, probe
 
 PROBE = 256  # tokens on which the logits are compared
 
@@ -24,17 +24,15 @@ def merge(
 ) -> dict[str, float]:
     """Load, merge, print the errors, save to `output`; `mode` as in `minift.merge`."""
     folder = fresh_folder(output)
-    model, tokenizer = load_model(source, dtype, quantize=quantize), load_tokenizer(source)
+    head = trained_head(adapter)
+    model, tokenizer = load_model(source, dtype, quantize=quantize, **head), load_tokenizer(source)
     load_adapter(model, adapter, check_base=check_base)
     _check_storable(model, mode)
-    original = load_model(source, dtype) if mode == "original" else None
-    tokens = min(PROBE, model.dims.context)
-    ids = torch.tensor([tokenizer.encode(read_text(text)[: 16 * tokens])[:tokens]])
-    with torch.inference_mode():
-        before = model(ids)[0].float()  # (T, V)
+    original = load_model(source, dtype, **head) if mode == "original" else None
+    ids = probe(model, tokenizer, text, min(PROBE, model.dims.context))
+    before = logits(model, ids)
     errors = fold(model, mode=mode, original=original)
-    with torch.inference_mode():
-        after = model(ids)[0].float()
+    after = logits(model, ids)
     width = max(map(len, errors))
     print(f"{'layer':<{width}}  largest error")
     for path, error in errors.items():

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from minift.models.interface import LanguageModel
 from minift.quant import Quantization, bnb, quantize_model
 from minift.quant.model import QuantizationTable
 from minift.reports.plots import plot_quantization
+from minift.reports.probe import read_text
 
 WINDOW = 512  # tokens that a prediction can look back on
 TOKENS = 8192  # of the text that are read
@@ -41,6 +41,11 @@ def quantize(
     else:
         tokenizer, sample = load_tokenizer(source), read_text(text)
         model = load_model(source, dtype)
+        if model.head_kind != "causal_lm":
+            raise ValueError(
+                f"a report has a causal language model's perplexity, and {source} is {model.architecture}; "
+                "leave out --report"
+            )
         before = text_nats(model, tokenizer, sample)
         quantize_model(model, **asdict(recipe))
         after = text_nats(model, tokenizer, sample)
@@ -76,21 +81,6 @@ def _write(folder: Path, table: QuantizationTable, recipe, before, after, text) 
     drawn = plot_quantization([asdict(row) for row in table], folder / "quantization.png")
     picture = "quantization.png and " if drawn else ""
     print(f"{picture}quantization.json, quantization.txt: {folder.resolve()}")
-
-
-def read_text(path: str = "") -> str:
-    """A text file, or the Python language reference that comes with Python."""
-    if not path:
-        return "\n".join(topics.topics[name] for name in sorted(topics.topics))
-    if not Path(path).is_file():
-        raise ValueError(f"text {path}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {path} is not UTF-8: {error}") from None
-    if not text.strip():
-        raise ValueError(f"text {path} is empty")
-    return text
 
 
 def text_nats(

@@ -15,12 +15,12 @@ import torch
 
 from minift.load import load_model, load_tokenizer, save_model
 from minift.methods import merge
-from minift.methods.files import CONFIG, load_adapter
+from minift.methods.files import CONFIG, load_adapter, trained_head
 from minift.models.interface import LanguageModel
 from minift.models.json_file import read_json
 from minift.models.safetensors_file import read_tensors, write_safetensors
 from minift.quant import Quantization
-from minift.reports.quantization import read_text
+from minift.reports.probe import logits, probe
 
 PROBE = 64  # tokens
 ROUNDING = 2e-5  # of the largest logit: what two correct programs in fp32 may differ by
@@ -43,9 +43,8 @@ def verify(
     source = source or config.get("base_model_name_or_path")
     if not source or not isinstance(source, str):
         raise ValueError(f"{folder} does not name its base; give it as --model")
-    model = load_model(source, dtype, quantize=quantize)
-    length = min(PROBE, model.dims.context // 2)
-    ids = torch.tensor([load_tokenizer(source).encode(read_text(text)[: 16 * length])[:length]])
+    model = load_model(source, dtype, quantize=quantize, **trained_head(folder))
+    ids = probe(model, load_tokenizer(source), text, min(PROBE, model.dims.context // 2))
     base = copy.deepcopy(model)
     load_adapter(model, folder, check_base=check_base)
     [adapter] = model.adapters.values()
@@ -78,31 +77,42 @@ def verify(
     return found
 
 
-@torch.inference_mode()
-def logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids)[0].float()  # (T, V)
-
-
-# A program of its own, so that minift imports no peer: base, adapter, file of ids, file for logits.
+AUTO = {  # head -> the class of transformers that loads it
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+# A program of its own, so that minift imports no peer: class, base, adapter, file of inputs, file for logits.
 PEFT = """
 import sys, peft, torch, transformers
 from safetensors.torch import load_file, save_file
-base, adapter, ids, out = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+auto, base, adapter, inputs, out = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(base, dtype=torch.float32)
 model = peft.PeftModel.from_pretrained(model, adapter).eval()
-ids = load_file(ids)["ids"]
+inputs = load_file(inputs)
 with torch.inference_mode():
-    save_file({"logits": model(ids).logits[0, -ids.shape[1]:].float().contiguous()}, out)
+    logits = model(**inputs).logits[0].float()  # (P + T, V) or (labels,)
+if logits.ndim == 2:
+    logits = logits[-inputs["input_ids"].shape[1]:]
+save_file({"logits": logits.contiguous()}, out)
 """
 
 
 def _through_peft(base: LanguageModel, folder: str, ids: torch.Tensor) -> torch.Tensor | None:
     """The base as a folder of transformers, the adapter on it by PEFT; virtual positions are left out."""
+    if base.head_kind not in AUTO:
+        print(f"peft: the head {base.head_kind} has no logits to compare")
+        return None
+    inputs = {"input_ids": ids}
+    if base.head_kind == "seq2seq_lm":
+        inputs["decoder_input_ids"] = base.shift_right(ids)
     with tempfile.TemporaryDirectory() as scratch:
         there = Path(scratch)
         save_model(base, there / "base")
-        write_safetensors(there / "ids", {"ids": ids}, {})
-        words = [there / "base", folder, there / "ids", there / "logits"]
+        write_safetensors(there / "inputs", inputs, {})
+        words = [AUTO[base.head_kind], there / "base", folder, there / "inputs", there / "logits"]
         done = subprocess.run(
             [sys.executable, "-c", PEFT, *map(str, words)], capture_output=True, text=True, check=False
         )

@@ -42,6 +42,9 @@ class Objective(nn.Module):
             raise ValueError(
                 f"head {self.model.head_kind!r} has no loss; load the model with one of {', '.join(LOSSES)}"
             )
+        wanted = TARGETS[1:] if self.model.head_kind == "question_answering" else TARGETS[:1]
+        if missing := [name for name in wanted if name not in batch]:
+            raise ValueError(f"the batch lacks {' and '.join(missing)}; it has {', '.join(batch)}")
         inputs = {name: tensor for name, tensor in batch.items() if name not in TARGETS}
         return LOSSES[self.model.head_kind](self.model, inputs, batch)
 

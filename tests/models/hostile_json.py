@@ -63,7 +63,7 @@ CONFIG = {
     "rope_parameters": (5, "x", [1], {"rope_type": {"a": 1}}, {"rope_theta": "x"}, {"rope_theta": -1}),
     "tie_word_embeddings": ("no", 1, []),
     "hidden_act": ("os.system", [], {}, 5),
-    "model_type": ("os.system", [], {}, 5),
+    "model_type": ("os.system", [1], {"a": 1}, 5),
     "architectures": (
         None,
         [],

@@ -37,6 +37,14 @@ valid = {kind: root / "valid" / kind / ("m.gguf" if "gguf" in kind else "") for 
 folder, events, watching = root, [], False
 
 
+def misbehave(path):
+    """What the hook is there to notice."""
+    for reach in (path / "inside", root / "outside" / "secret"):
+        open(reach, "w" if reach.name == "inside" else "r").close()
+    eval("1 + 1")
+    __import__("this_module_is_not_there")
+
+
 def base():
     model = minift.load_model(valid["model"]) if base.model is None else base.model
     base.model = model
@@ -91,6 +99,11 @@ def main():
     for kind in 2 * list(LOADERS):  # what is imported and allocated on first use
         assert load(kind, valid[kind])[0] == "loaded", load(kind, valid[kind])
     sys.addaudithook(watch)
+    LOADERS["misbehaves"] = misbehave
+    folder = valid["model"]
+    load("misbehaves", folder)
+    noticed = sorted({event.split()[0] for event in events})
+    events.clear()
     results, before = [], peak_bytes()
     for number, (kind, name, target) in enumerate(cases):
         folder = root / "cases" / str(number)
@@ -105,8 +118,10 @@ def main():
         events.clear()
     grown = peak_bytes() - before
     folder = root / "valid"
-    loads = {kind: load(kind, valid[kind])[0] for kind in LOADERS}
-    print(json.dumps({"results": results, "grown": grown, "valid": loads, "events": events}))
+    loads = {kind: load(kind, path)[0] for kind, path in valid.items()}
+    print(
+        json.dumps({"results": results, "grown": grown, "valid": loads, "events": events, "noticed": noticed})
+    )
 
 
 main()

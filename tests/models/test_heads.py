@@ -132,7 +132,12 @@ REFUSED = [
     ({"head": "sequence_classification", "num_labels": 3, "labels": ("a", "b")}, "as many as num_labels"),
     ({"head": "sequence_classification", "labels": ("a", "a")}, "different names"),
     ({"head": "regression", "num_labels": 2}, "regression' has one output"),
-    ({"head": "question_answering", "num_labels": 2}, "num_labels belongs to sequence_classification"),
+    (
+        {"head": "question_answering", "num_labels": 2},
+        "num_labels and labels are for sequence_classification",
+    ),
+    ({"head": "sequence_classification", "labels": "ab"}, "labels is 'ab'; it is a list of names"),
+    ({"head": "sequence_classification", "labels": (1, 2)}, "it is a list of names"),
     ({"num_labels": 2}, "num_labels and labels are for sequence_classification"),
 ]
 

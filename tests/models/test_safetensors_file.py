@@ -240,6 +240,38 @@ def test_a_changed_file_is_the_same_model_or_a_value_error(saved, edits, fits, t
     assert same_tables(dict(loaded.named_parameters()), dict(model.named_parameters()))
 
 
+def test_a_folder_may_be_a_link_and_its_files_may_not(saved, tmp_path):
+    folder, model, original = saved
+    (folder / "model.safetensors").write_bytes(original)
+    (tmp_path / "folder").symlink_to(folder)
+    loaded = minift.load_model(tmp_path / "folder")
+    assert same_tables(dict(loaded.named_parameters()), dict(model.named_parameters()))
+    (tmp_path / "snapshot").mkdir()  # as in the cache of Hugging Face
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "snapshot" / name).symlink_to(folder / name)
+    with pytest.raises(
+        ValueError, match=r"is a link, .*copy the folder with the files in their place \(cp -rL\)"
+    ):
+        minift.load_model(tmp_path / "snapshot")
+
+
+def test_whole_numbers_may_stand_where_the_family_does_not_look(saved):
+    folder, model, original = saved
+    length = int.from_bytes(original[:8], "little")
+    header, data = json.loads(original[8 : 8 + length]), original[8 + length :]
+    offsets = [len(data), len(data) + 32]
+    for name, message in [("model.layers.0.self_attn.rotary_emb.inv_freq", ""), ("x", "unexpected x")]:
+        table = {**header, name: {"dtype": "I64", "shape": [4], "data_offsets": offsets}}
+        text = json.dumps(table).encode()
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data + bytes(32))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                minift.load_model(folder)
+        else:
+            loaded = minift.load_model(folder)
+            assert same_tables(dict(loaded.named_parameters()), dict(model.named_parameters()))
+
+
 def test_mutants_of_the_checks_are_noticed(tmp_path):
     def check(module):
         for header, message in REFUSED:

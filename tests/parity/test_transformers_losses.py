@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import minift
 from minift.data.collate import IGNORED
 from minift.models.bert import Bert, BertConfig
+from minift.models.t5 import T5, T5Config
 from minift.training.objective import Objective
 
 transformers = pytest.importorskip("transformers")
@@ -18,6 +19,7 @@ V, D = 61, 24
 AUTO = {
     "causal_lm": transformers.AutoModelForCausalLM,
     "masked_lm": transformers.AutoModelForMaskedLM,
+    "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
     "sequence_classification": transformers.AutoModelForSequenceClassification,
     "token_classification": transformers.AutoModelForTokenClassification,
     "question_answering": transformers.AutoModelForQuestionAnswering,
@@ -35,7 +37,9 @@ CASES = [
     ("bert", "sequence_classification", ("number",)),
     ("bert", "token_classification", None),
     ("bert", "question_answering", None),
+    ("t5", "seq2seq_lm", None),
 ]
+T5_SIZES = {"vocab_size": V, "d_model": D, "d_kv": 6, "d_ff": 40, "num_heads": 4}
 
 
 def build(family, head, labels):
@@ -44,6 +48,8 @@ def build(family, head, labels):
     if family == "llama":
         config = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
         model = type(tiny_llama())(type(tiny_llama().config)(**config, pad_token_id=0), head, labels)
+    elif family == "t5":
+        model = T5(T5Config(**T5_SIZES, num_layers=2, num_decoder_layers=2), head)
     else:
         model = Bert(BertConfig(**SIZES, num_attention_heads=4, max_position_embeddings=32), head, labels)
     with torch.no_grad():

@@ -196,10 +196,8 @@ def test_a_quant_state_that_is_no_table_is_refused(stored_facts):
         *(({"blocksize": block}, "block_size") for block in (0, 48, 8192, "64", None, True, [64], 64.0)),
         ({"nested_blocksize": 128}, "nested_blocksize 128"),
         ({"nested_dtype": "float16"}, "'float16'"),
-        *(
-            ({"nested_offset": offset}, "nested_offset")
-            for offset in (float("nan"), float("inf"), 1e39, 10**400, "0.5", None, True)
-        ),
+        *(({"nested_offset": offset}, "nested_offset") for offset in (1e39, "0.5", None, True)),
+        *(({"nested_offset": offset}, "JSON") for offset in (float("nan"), float("inf"), 10**400)),
     ],
     ids=str,
 )

@@ -14,7 +14,8 @@ from minift.cli import main
 from minift.methods.base import trainable
 from minift.quant import Quantization
 from minift.reports import merging, quantization
-from minift.reports.quantization import read_text, text_nats
+from minift.reports.probe import read_text
+from minift.reports.quantization import text_nats
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from minift.data.collate import IGNORED
 from minift.models.llama import Llama
+from minift.models.t5 import T5, T5Config
 from minift.training import objective
 from minift.training.objective import Objective
 
@@ -45,6 +46,26 @@ def test_a_token_classifier_reads_each_position_at_its_own_label():
     logits = model(**INPUTS).flatten(0, 1)
     want = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED)
     assert count == 5 and total.item() == pytest.approx(want.item(), rel=UNIT)
+
+
+def test_a_decoder_behind_an_encoder_reads_its_labels_one_place_later():
+    sizes = {"vocab_size": 31, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4}
+    torch.manual_seed(1)
+    model = T5(T5Config(**sizes, num_layers=1, num_decoder_layers=2), "seq2seq_lm").to(torch.float64).eval()
+    labels = torch.tensor([[4, 5, 1], [7, 1, IGNORED]])
+    read = torch.tensor([[0, 4, 5], [0, 7, 1]])  # the start, then all but the last label
+    total, count = Objective(model)({**INPUTS, "labels": labels})
+    logits = model(**INPUTS, decoder_input_ids=read).flatten(0, 1)
+    want = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED)
+    assert count == 5 and total.item() == pytest.approx(want.item(), rel=UNIT)
+
+
+@pytest.mark.parametrize(
+    "head, lacks", [("causal_lm", "labels"), ("question_answering", "start_positions and end_positions")]
+)
+def test_a_batch_without_its_labels_is_refused(head, lacks):
+    with pytest.raises(ValueError, match=f"the batch lacks {lacks}; it has input_ids, attention_mask"):
+        Objective(tiny(head))(INPUTS)
 
 
 def test_an_answer_is_the_mean_of_its_two_ends_and_padding_is_no_place_of_it():
