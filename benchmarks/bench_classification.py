@@ -4,7 +4,9 @@ MINIFT_TEST_DATA, a folder with sst2/{train,dev}.jsonl and banking77/{train,test
 MiniLM (all-MiniLM-L6-v2, in fp32) with a new classifier learns from the first rows of each label in a seeded
 order and is evaluated once, after the last step, on all rows of the other file. Runs of a method differ in
 the seed of the new head, of the method's start and of the order of the rows; the rows are the same. The
-learning rates are usual ones for each method; none was chosen on rows that are evaluated here.
+learning rates were set before the runs but for LoRA's on banking77: 2e-3 ended 8 points below full there, and
+6e-3 is the better of 6e-3 and 12e-3 on 462 training rows that it does not learn from. With 6e-3 on SST-2 as
+well, LoRA had 77.8 % there, 2.1 points (0.4 to 3.7) below full.
 
 accuracy and macro F1: the mean over seeds. 95 %: Wilson's interval of that accuracy as of one run. LoRA minus
 full: the paired interval of the rows' scores, each a share of seeds with the row right. trainable: by the
@@ -59,11 +61,11 @@ TASKS = {
 QUICK = {"sst2": replace(TASKS["sst2"], per_label=64, epochs=4)}
 TRAIN = TrainConfig(batch_size=32, micro_batch_tokens=512, max_length=128, warmup_steps=10)
 SEEDS = {"head": 3, "lora": 3, "full": 3}  # how many; of the others one
-RUNS = {  # with its learning rate
+RUNS = {  # with its learning rate, or that of each task
     "head": (minift.Selective(), 1e-2),
     "last 2 blocks": (minift.Selective(last_blocks=2), 5e-4),
     "bitfit": (minift.BitFit(), 2e-3),
-    "lora": (minift.LoRA(r=8, alpha=16, target_modules="all-linear"), 2e-3),
+    "lora": (minift.LoRA(r=8, alpha=16, target_modules="all-linear"), {"sst2": 2e-3, "banking77": 6e-3}),
     "bottleneck": (minift.Bottleneck(), 2e-3),
     "full": (minift.Full(), 3e-4),
 }
@@ -110,16 +112,22 @@ def kept() -> dict:
     return {json.dumps(record["key"]): record["result"] for record in read_log(WORK)}
 
 
+def of(task: str, method: str):
+    """(the method, its learning rate on a task)."""
+    fields, rate = RUNS[method]
+    return fields, rate[task] if isinstance(rate, dict) else rate
+
+
 def settings(task: Task, name: str, method: str, seed: int) -> dict:
     """All that a run's numbers depend on, but for the code and the machine."""
-    fields, rate = RUNS[method]
+    fields, rate = of(name, method)
     config = replace(TRAIN, epochs=task.epochs, learning_rate=rate, seed=seed)
     return {"task": name, **asdict(task), "method": method, "fields": repr(fields), "train": asdict(config)}
 
 
 def tune(name: str, task: Task, label: str, seed: int, folder: Path) -> dict:
     """Train and evaluate, in the process that has run nothing else."""
-    method, rate = RUNS[label]
+    method, rate = of(name, label)
     data = Path(os.environ["MINIFT_TEST_DATA"])
     rows = subsample(read_rows(data / task.train, LABELLED), task.per_label)
     config = replace(TRAIN, output=str(folder), epochs=task.epochs, learning_rate=rate, seed=seed)

@@ -47,7 +47,10 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.minift_quantize.argtypes = [pointer, whole, long, long, *[pointer] * 4, whole, whole]
     library.minift_matmul.argtypes = [weight, pointer, whole, long, pointer, whole, whole]
     library.minift_adamw.argtypes = [ctypes.POINTER(_AdamW), pointer, pointer, long, long, *[whole] * 3]
-    for name in ("dequantize", "quantize", "matmul", "adamw"):
+    library.minift_linear.argtypes = [*[pointer] * 4, long, long, long, whole, whole]
+    library.minift_rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, *[whole] * 3]
+    library.minift_attend.argtypes = [*[pointer] * 9, *[long] * 8, ctypes.c_float, *[whole] * 3]
+    for name in ("dequantize", "quantize", "matmul", "adamw", "linear", "rms_norm", "attend"):
         getattr(library, f"minift_{name}").restype = None
     return library
 
@@ -75,9 +78,14 @@ def _load():
 LIBRARY, LEVEL, WHY = _load()
 
 
+def takes(tensor: torch.Tensor) -> bool:
+    """Whether C can use a tensor's numbers; a fake or a distributed one has none in this place."""
+    return tensor.is_cpu and type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_neg()
+
+
 def address(tensor: torch.Tensor) -> int:
-    """Where a tensor's numbers are; a fake or a distributed one has none that C could use."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_neg():
+    """Where a tensor's numbers are."""
+    if not takes(tensor):
         raise TypeError(f"the C file takes plain tensors, not {type(tensor).__name__}; use backend 'torch'")
     return tensor.data_ptr()
 
@@ -160,3 +168,71 @@ def adamw(tensors, owner, blocks_each, dtype, maps, numbers) -> None:
         LEVEL,
         torch.get_num_threads(),
     )
+
+
+# For one token these are called hundreds of times: runtime.takes_c has looked at their tensors.
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N); bf16, contiguous, x of at most 16 rows."""
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    LIBRARY.minift_linear(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.numel() // K,
+        N,
+        K,
+        LEVEL,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., D), weight (D,) -> (..., D); of one dtype, contiguous."""
+    y, D = torch.empty_like(x), x.shape[-1]
+    LIBRARY.minift_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.numel() // D,
+        D,
+        eps,
+        DTYPES[x.dtype],
+        LEVEL,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def attend(q, k, v, keys, values, length, cos, sin, mask) -> torch.Tensor:
+    """As decode_attention.py says; of one dtype, contiguous, hd a multiple of 16."""
+    B, KV, capacity, hd = keys.shape
+    out = torch.empty_like(q)
+    LIBRARY.minift_attend(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if cos is None else cos.data_ptr(),
+        None if sin is None else sin.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        B,
+        q.shape[-1] // hd,
+        KV,
+        hd,
+        capacity,
+        length,
+        0 if cos is None or cos.shape[0] == 1 else hd,
+        0 if mask is None or mask.shape[0] == 1 else length + 1,
+        hd**-0.5,
+        DTYPES[q.dtype],
+        LEVEL,
+        torch.get_num_threads(),
+    )
+    return out

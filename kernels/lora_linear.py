@@ -23,6 +23,7 @@ import torch
 from minift.kernels.decode import rounded
 from minift.kernels.dequantize_4bit import dequantize_4bit_ref
 from minift.kernels.dequantize_int8 import dequantize_int8_ref
+from minift.kernels.linear import linear
 from minift.kernels.matmul_4bit import matmul_4bit
 from minift.kernels.matmul_int8 import matmul_int8
 from minift.kernels.packed import Packed
@@ -132,18 +133,19 @@ def base_product(x, weight, transposed: bool = False):
 def lora_linear(x, weight, lora_A, lora_B, scaling: float):
     """Same contract as `lora_linear_ref`; trains in x, lora_A and lora_B, and W is frozen."""
     _check(x, weight, lora_A, lora_B)
-    return _LoRALinear.apply(x, lora_A, lora_B, scaling, weight)
+    product = base_product if torch.is_grad_enabled() or isinstance(weight, Packed) else linear
+    return _LoRALinear.apply(x, lora_A, lora_B, scaling, weight, product)
 
 
 class _LoRALinear(torch.autograd.Function):
     """Keeps x, A, B, the thin h, and W as it is stored."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, scaling, weight):
+    def forward(ctx, x, lora_A, lora_B, scaling, weight, product):
         if _fuses(x, weight, lora_A):
             y, h = fused(x, weight, lora_A, lora_B, scaling)
         else:
-            y, h = base_product(x, weight), x @ lora_A.to(x.dtype).t()  # (M, N), (M, r)
+            y, h = product(x, weight), x @ lora_A.to(x.dtype).t()  # (M, N), (M, r)
             y.addmm_(h, lora_B.to(x.dtype).t(), alpha=scaling)
         quantized = isinstance(weight, Packed)
         kept = weight._replace(shape=None, block_size=None) if quantized else (weight,)
@@ -171,7 +173,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx.addmm_(dh, lora_A.to(dy.dtype))
         dA = (dh.t() @ x).to(lora_A.dtype) if need_A else None  # (r, K)
         dB = (dy.t() @ h * ctx.scaling).to(lora_B.dtype) if need_B else None  # (N, r)
-        return dx, dA, dB, None, None
+        return dx, dA, dB, None, None, None
 
 
 def _fuses(x, weight, lora_A) -> bool:

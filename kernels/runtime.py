@@ -99,6 +99,20 @@ def choose(op: str, device: torch.device, has: tuple[str, ...]) -> str:
     return asked
 
 
+def takes_c(op: str, *tensors: torch.Tensor) -> bool:
+    """Whether the C file runs an op that is torch's elsewhere: on GPUs, and where gradients are recorded.
+
+    Raises where C was asked for, no gradients are recorded, and it cannot run.
+    """
+    asked = _state["backend"]
+    if asked in ("triton", "torch") or torch.is_grad_enabled():
+        return False
+    if asked == "c":
+        choose(op, tensors[0].device, ("c",))
+        return all(map(library.address, tensors))
+    return library.LIBRARY is not None and all(map(library.takes, tensors))
+
+
 def dot_dtype(x: torch.Tensor):
     """The Triton dtype of the operands of tl.dot for x: its own, or fp32 in the interpreter."""
     if INTERPRETED or x.dtype == torch.float32:

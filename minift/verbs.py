@@ -167,13 +167,13 @@ def generate(argv):
     recipe = quantization(a, "quantize.") if given(a) else None
     from minift.data.collate import encode_prompt
     from minift.load import load_model, load_tokenizer
-    from minift.methods.files import load_adapter
+    from minift.methods.files import load_adapter, trained_head
     from minift.methods.fingerprint import NO_TEMPLATE
     from minift.models.generate import generate as continue_
     from minift.models.generate import stream
 
     tokenizer = load_tokenizer(a.model)
-    model = load_model(a.model, a.dtype, quantize=recipe)
+    model = load_model(a.model, a.dtype, quantize=recipe, **(trained_head(a.adapter) if a.adapter else {}))
     if a.adapter:
         template = tokenizer.chat_template if a.chat else NO_TEMPLATE
         load_adapter(

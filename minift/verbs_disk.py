@@ -75,10 +75,10 @@ def tokens(argv):
     add_any_base(parser)
     a = parser.parse_args(argv)
     from minift.load import load_model, load_tokenizer
-    from minift.methods.files import load_adapter
+    from minift.methods.files import load_adapter, trained_head
     from minift.reports.virtual_tokens import nearest_tokens
 
-    model, tokenizer = load_model(a.model), load_tokenizer(a.model)
+    model, tokenizer = load_model(a.model, **trained_head(a.adapter)), load_tokenizer(a.model)
     load_adapter(model, a.adapter, check_base=not a.any_base)
     print(nearest_tokens(model, tokenizer, k=a.k))
 

@@ -1,4 +1,4 @@
-/* Quantized weights and 8-bit AdamW on CPUs, called through ctypes (library.py).
+/* Quantized weights, 8-bit AdamW and the steps of generation on CPUs, called through ctypes (library.py).
  *
  * ops.h is written once, in the vectors of GCC's extension, and compiled for each instruction set;
  * `minift_level` says at run time which one the processor has. Built with -ffp-contract=off: an exact result
@@ -44,6 +44,22 @@ typedef struct {
     int m_zero, v_zero;
 } adamw;
 
+enum { MOST_ROWS = 16, PANEL = 16 }; /* of x, and of W at a time, in a product with a dense W */
+enum { SMALL = 1 << 17 }; /* multiplications that one thread does sooner than two */
+typedef struct {
+    const uint16_t *w, *bias, *x; /* (N, K), (N,) or NULL, (M, K): all bf16 */
+    uint16_t *y; /* (M, N) */
+    long M, N, K;
+} product;
+
+typedef struct {
+    const void *q, *k, *v, *cos, *sin; /* (B, H, hd), (B, KV, hd) twice, tables (B or 1, hd) or NULL */
+    void *keys, *values, *out; /* (B, KV, capacity, hd) twice, with `length` tokens; (B, H, hd) */
+    const uint8_t *mask; /* (B or 1, length + 1) or NULL */
+    long B, H, KV, hd, capacity, length, table_stride, mask_stride; /* strides: 0 where there is one row */
+    float scale;
+} attend;
+
 #define CAT2(a, b) a##_##b
 #define CAT(a, b) CAT2(a, b)
 #define NAME(f) CAT(f, SET)
@@ -80,6 +96,7 @@ typedef struct {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,amx-tile,amx-bf16")
 #include "amx.h"
+#include "linear_amx.h"
 #pragma GCC pop_options
 #endif
 #endif
@@ -131,4 +148,30 @@ void minift_matmul(const weight *w, const void *x, int dtype, long M, float *y, 
 void minift_adamw(const adamw *a, const int64_t *tensors, const int64_t *owner, long programs,
                   long blocks_each, int dtype, int level, int threads) {
     DISPATCH(adamw_step, a, tensors, owner, programs, blocks_each, dtype, threads);
+}
+
+void minift_linear(const void *w, const void *bias, const void *x, void *y, long M, long N, long K, int level,
+                   int threads) {
+    product p = {w, bias, x, y, M, N, K};
+#ifdef HAS_BF16
+    if (level == 4) {
+        linear_amx(&p, threads);
+        return;
+    }
+#endif
+    DISPATCH(linear, &p, threads);
+}
+
+void minift_rms_norm(const void *x, const void *weight, void *y, long rows, long D, float eps, int dtype,
+                     int level, int threads) {
+    DISPATCH(rms_norm, x, weight, y, rows, D, eps, dtype, threads);
+}
+
+void minift_attend(const void *q, const void *k, const void *v, const void *cos, const void *sin, void *keys,
+                   void *values, void *out, const uint8_t *mask, long B, long H, long KV, long hd,
+                   long capacity, long length, long table_stride, long mask_stride, float scale, int dtype,
+                   int level, int threads) {
+    attend a = {q, k, v, cos, sin, keys, values, out, mask, B, H, KV, hd, capacity, length, table_stride,
+                mask_stride, scale};
+    DISPATCH(attend, &a, dtype, threads);
 }

@@ -2,6 +2,9 @@
 #include "vectors.h"
 #include "weights.h"
 #include "adamw.h"
+#include "linear.h"
+#include "rms_norm.h"
+#include "attend.h"
 
 #undef vf
 #undef vi

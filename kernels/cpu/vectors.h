@@ -127,11 +127,15 @@ INLINE void NAME(store_bytes)(uint8_t *to, vi ints) {
 INLINE vf NAME(by_127)(vf code) { return code * (129 / 16384.0f) + code * (float)(1 / (127 * 16384.0)); }
 
 INLINE float NAME(sum)(vf v) {
-    float total[W];
-    memcpy(total, &v, sizeof total);
-    for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) total[i] += total[i + width];
-    return total[0];
+#if LEVEL == 2
+    return _mm512_reduce_add_ps((__m512)v);
+#elif LEVEL == 1
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 /* 16-bit patterns to floats, and floats to patterns rounded to nearest, ties to even. */
@@ -156,6 +160,19 @@ INLINE vi NAME(narrow)(vf value, int dtype) {
 INLINE vf NAME(load)(const void *from, long i, int dtype) {
     if (dtype == FP32) return *(const vf_any *)((const float *)from + i);
     return NAME(widen)(NAME(load_words)((const uint16_t *)from + i) & 0xffff, dtype);
+}
+
+/* The first `count` < W numbers from i on, then zeros: nothing behind them is read. */
+INLINE vf NAME(load_part)(const void *from, long i, long count, int dtype) {
+    float part[W] = {0};
+    long size = dtype == FP32 ? 4 : 2;
+    memcpy(part, (const char *)from + i * size, count * size);
+    return NAME(load)(part, 0, dtype);
+}
+
+INLINE void NAME(store)(void *to, long i, int dtype, vf value) {
+    if (dtype == FP32) *(vf_any *)((float *)to + i) = value;
+    else NAME(store_words)((uint16_t *)to + i, NAME(narrow)(value, dtype));
 }
 
 INLINE void NAME(load_pair)(const void *from, long i, int dtype, vf *even, vf *odd) {

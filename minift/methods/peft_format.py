@@ -85,7 +85,9 @@ def to_config(model: LanguageModel, adapter) -> dict:
         fields = {"peft_type": method.name.upper(), **asdict(method)}
     else:
         fields = WRITE[method.name](model, adapter)
-    saved = [*(fields.get("modules_to_save") or ()), *new_head(model, adapter.plan)]
+    new = new_head(model, adapter.plan)  # PEFT wraps it whole, so that no name inside it may stand beside it
+    inside = tuple(f"{path}." for path in new)
+    saved = [*(n for n in fields.get("modules_to_save") or () if not n.startswith(inside)), *new]
     return {**common, **fields, **({"modules_to_save": sorted(saved)} if saved else {})}
 
 

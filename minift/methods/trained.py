@@ -40,9 +40,14 @@ class Trained(Wrapper):
     def forward(self, *arguments):
         if not self.active:
             return self.base(*arguments)
-        own = {name: getattr(self, name).to(getattr(self.base, name).dtype) for name in self.names}
-        adapted = functional_call(self.base, own, arguments)
+        adapted = functional_call(innermost(self), self.own(), arguments)
         return adapted if self.rows is None else self.where_meant(adapted, self.base(*arguments))
+
+    def own(self) -> dict[str, torch.Tensor]:
+        """The bare module's parameters that are not its own here, in its dtype; an outer wrapper's win."""
+        inner = self.base.own() if isinstance(self.base, Trained) and self.base.active else {}
+        bare = innermost(self)
+        return inner | {name: getattr(self, name).to(getattr(bare, name).dtype) for name in self.names}
 
     def state(self):
         """Copies of what is shared: a file holds every key's own tensor."""
@@ -130,6 +135,11 @@ def plan_new_head(model: LanguageModel, sites) -> tuple[Site, ...]:
         for name, parameter in innermost(module)._parameters.items():
             if parameter is None or parameter is model.embed_weight or f"{path}.{name}" in taken:
                 continue
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{path} is new and trains, and it is quantized: its codes have no gradient; leave it "
+                    "out of what is quantized (skip)"
+                )
             shape, size = tuple(parameter.shape), parameter.numel()
             formula = " x ".join(map(str, shape))
             found.append(Site(f"{path}.{name}", NEW_HEAD, shape, size, formula, replaces=True))

@@ -252,10 +252,14 @@ def attend(attention_mask: torch.Tensor | None, T: int, S: int, window: int | No
 
 
 def attend_everywhere(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The same of an encoder, whose tokens see every real token: bool (B, 1, 1, S), or None for all."""
+    """The same of an encoder, whose tokens see every real token: bool (B, 1, 1, S), or None for all.
+
+    A text without a real token sees all of its padding, so that no row of the softmax is empty.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    return attention_mask.bool()[:, None, None]
+    real = attention_mask.bool()
+    return (real | ~real.any(dim=1, keepdim=True))[:, None, None]
 
 
 def stands_alone(layer: nn.Module) -> bool:

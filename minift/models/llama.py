@@ -75,7 +75,9 @@ ROPE_FIELDS = {
     "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}  # model_type -> name in architectures
-MISTRAL_WINDOW = 4096  # where a Mistral's config.json says nothing
+# Where config.json says nothing, as transformers 5.23 has it: the window, the first blocks that have none.
+MISTRAL_WINDOW = 4096
+QWEN2_WINDOW, QWEN2_WHOLE = 4096, 28
 
 
 def _positive(value) -> bool:
@@ -146,7 +148,7 @@ class LlamaConfig(ModelConfig):
         if kind == "mistral":
             config.setdefault("sliding_window", MISTRAL_WINDOW)
         elif kind == "qwen2" and config.get("use_sliding_window"):
-            config.setdefault("max_window_layers", 28)
+            config = {"sliding_window": QWEN2_WINDOW, "max_window_layers": QWEN2_WHOLE, **config}
         else:
             config |= {"sliding_window": None, "max_window_layers": 0}
         D, H = config.get("hidden_size"), config.get("num_attention_heads")

@@ -10,6 +10,7 @@ from torch import nn
 from minift.kernels.matmul_4bit import matmul_4bit
 from minift.kernels.matmul_int8 import matmul_int8
 from minift.kernels.packed import Packed
+from minift.models.layers import Linear
 from minift.quant.base import Layout
 from minift.quant.weight import QuantizedWeight, as_packed, quantize_weight
 
@@ -80,7 +81,7 @@ class QuantizedLinear(nn.Module):
 
     def dense(self, weight: torch.Tensor) -> nn.Linear:
         """A dense layer as this one, the bias shared, with another matrix in the compute dtype."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer = Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight.to(self.compute_dtype), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)

@@ -37,7 +37,7 @@ def merge(
     print(f"{'layer':<{width}}  largest error")
     for path, error in errors.items():
         print(f"{path:<{width}}  {error:.3e}")
-    print(f"{mode}: {logit_error(before, after)}")
+    print(f"{mode}: {logit_error(before.view(-1, before.shape[-1]), after.view(-1, after.shape[-1]))}")
     save_model(model, folder)
     save_tokenizer(tokenizer, folder)
     print(f"the merged model is in {output}")

@@ -31,7 +31,7 @@ def encode(model: LanguageModel, tokenizer: Tokenizer, data, config: TrainConfig
             + f" above the model's context of {model.dims.context} tokens"
         )
     examples = _examples(model, tokenizer, _rows(data, ROWS_OF[model.head_kind]), config)
-    largest = max(max(*example.ids, *getattr(example, "completion", ())) for example in examples)
+    largest = max(max([*example.ids, *getattr(example, "completion", ())]) for example in examples)
     if largest >= model.dims.vocab:
         raise ValueError(
             f"the tokenizer gives id {largest}, the vocabulary ends at {model.dims.vocab - 1}; "
@@ -109,7 +109,7 @@ def row_logits(model: LanguageModel, examples: list, pad_id: int, micro_batch_to
 
 
 def scores(objective: Objective, examples: list, pad_id: int, micro_batch_tokens: int) -> dict:
-    """eval_loss; of a classifier also its accuracy with the 95 % interval, and macro F1 over all labels."""
+    """eval_loss; of a classifier accuracy with its 95 % interval and macro F1 over the labels that occur."""
     model = objective.model
     if model.head_kind != "sequence_classification":
         return {"eval_loss": mean_loss(objective, examples, pad_id, micro_batch_tokens)}

@@ -31,8 +31,9 @@ def describe_run(model, data, valid, config) -> dict:
 
 
 def _head(model) -> dict:
-    """A classifier's head, and the names of its outputs in the order of their numbers."""
-    return {"head": model.head_kind, "labels": list(model.labels)} if model.labels else {}
+    """A head that is new or has labels; the names of its outputs in the order of their numbers."""
+    labels = {"labels": list(model.labels)} if model.labels else {}
+    return {"head": model.head_kind, **labels} if labels or model.new_modules else {}
 
 
 def _quantize(model, method) -> dict:

@@ -1,4 +1,4 @@
-"""Faults planted in the C file, each of which the checks of test_library.py notice; the address sanitizer."""
+"""Faults planted in the C file, each of which the checks of the ops notice; the address sanitizer."""
 
 import os
 import shutil
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_decode_attention import check_decode_attention
 from test_library import LEVELS, check_everything, check_ties
+from test_linear import check_linear
+from test_rms_norm import check_rms_norm
 
 from minift.kernels import library
 
@@ -48,7 +51,24 @@ MUTANTS = [
     ("bf16.h", "_mm512_srai_epi16(words, 8)", "_mm512_srli_epi16(words, 8)"),
     ("amx.h", "_tile_loadd(4, pairs + 8 * k + 256, 64)", "_tile_loadd(4, pairs + 8 * k, 64)"),
     ("amx.h", "splat_avx512(scale[r * blocks + block])", "splat_avx512(scale[block])"),
+    ("vectors.h", "(v[0] + v[2]) + (v[1] + v[3])", "(v[0] + v[2]) + (v[1] + v[2])"),
+    ("linear.h", "if (k < K) STEP", "if (0) STEP"),
+    ("linear.h", "bias[i] = NAME", "bias[0] = NAME"),
+    ("linear.h", "height * sizeof *line", "sizeof line"),
+    ("linear_amx.h", "            _tile_zero(0);\n", ""),
+    ("linear_amx.h", "r < height; r++) memcpy", "r < height - 1; r++) memcpy"),
+    ("rms_norm.h", "/ D + eps", "/ D"),
+    ("rms_norm.h", "NAME(fma)(last, last, total)", "total"),
+    ("attend.h", "x < -87", "x < -8"),
+    ("attend.h", "1 / 24.0f", "1 / 25.0f"),
+    ("attend.h", "twice + hd / 2 + i", "twice + i"),
+    ("attend.h", "vi above = s > most", "vi above = s < most"),
+    ("attend.h", "a->mask + b * a->mask_stride", "a->mask"),
+    ("attend.h", "a->cos, b * a->table_stride + i", "a->cos, i"),
+    ("attend.h", "* a->scale", "* a->scale * a->scale"),
+    ("attend.h", "NAME(splat)(score[g * width + t])", "NAME(splat)(score[t])"),
 ]
+CHECKS = (check_everything, check_ties, check_linear, check_rms_norm, check_decode_attention)
 
 
 def build(folder: Path, *flags) -> Path:
@@ -59,7 +79,7 @@ def build(folder: Path, *flags) -> Path:
 
 @pytest.mark.parametrize("file, old, new", MUTANTS, ids=range(len(MUTANTS)))
 def test_mutants_die(file, old, new, tmp_path, monkeypatch):
-    if file in ("bf16.h", "amx.h") and len(LEVELS) < 5:
+    if file in ("bf16.h", "amx.h", "linear_amx.h") and len(LEVELS) < 5:
         pytest.skip("this processor has no AVX-512 BF16 or no AMX")
     shutil.copytree(SOURCES, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
     source = (tmp_path / file).read_text(encoding="utf-8")
@@ -68,8 +88,8 @@ def test_mutants_die(file, old, new, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "LIBRARY", library.open_library(build(tmp_path, "-O0")))
     torch.manual_seed(0)
     with pytest.raises(AssertionError) if old != new else nullcontext():
-        check_everything()
-        check_ties()
+        for check in CHECKS:
+            check()
 
 
 @pytest.mark.slow
@@ -78,9 +98,10 @@ def test_the_address_sanitizer_sees_nothing(tmp_path):
     built = build(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests', 'tests/kernels']\n"
-        "import test_library as t\n"
+        "import test_library as t, test_library_mutants as m\n"
         f"t.library.LIBRARY = t.library.open_library(Path({str(built)!r}))\n"
         "for level in t.LEVELS:\n    t.library.LEVEL = level\n    t.check_everything(); t.check_ties()\n"
+        "for check in m.CHECKS[2:]:\n    check()\n"
         "print('clean')"
     )
     runtime = subprocess.run(

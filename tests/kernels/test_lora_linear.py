@@ -246,7 +246,7 @@ MUTANTS = [
 ]
 AUTOGRAD_MUTANTS = [
     (", alpha=scaling)", ")"),
-    ("y, h = base_product(x, weight), x", "y, h = base_product(x, weight), 0.99 * x"),
+    ("y, h = product(x, weight), x", "y, h = product(x, weight), 0.99 * x"),
     ("(dy @ lora_B.to(dy.dtype)) * ctx.scaling", "(dy @ lora_B.to(dy.dtype))"),
     ("dx.addmm_(dh, ", "dx.addmm_(dh, ctx.scaling * "),
     ("dy.t() @ h * ctx.scaling", "dy.t() @ h"),

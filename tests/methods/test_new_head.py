@@ -112,3 +112,35 @@ def test_a_head_that_is_not_new_here_is_refused_by_methods_that_cannot_hold_it(f
 def test_rules_that_mean_a_new_head_are_refused(folder):
     with pytest.raises(ValueError, match="mean score, which is new and trains as a whole"):
         minift.apply(classifier(folder), minift.LoRA(r=2, target_modules=["q_proj", "score"]))
+
+
+def test_of_two_adapters_each_has_its_own_head(folder):
+    """What works is the head of the adapter that works, also in rows of a batch and for gradients."""
+    model, alone = classifier(folder), {}
+    for name in "ab":
+        minift.apply(model, minift.LoRA(), name)
+        nudge(model)
+    for name in "ab":
+        model.adapters.switch(name)
+        part = model.adapters[name].modules["score"]
+        with torch.no_grad():
+            hidden = model.backbone(IDS)[:, -1]  # (B, D)
+            alone[name] = model(IDS)
+        torch.testing.assert_close(alone[name], hidden @ part.weight.T)
+    assert not torch.equal(alone["a"], alone["b"])
+    with torch.no_grad(), model.adapters.rows(["a", "b"]):
+        mixed = model(IDS)
+    # a row of a mixed batch is summed in another batch: a few hundred roundings of fp32
+    for row, name in enumerate("ab"):
+        assert (mixed[row] - alone[name][row]).abs().max() < 300 * 2.0**-24 * alone[name].abs().max()
+    model.adapters.switch("b")
+    model.adapters.train("b")
+    model(IDS).square().sum().backward()
+    assert model.adapters["b"].modules["score"].weight.grad.abs().max() > 0
+
+
+def test_a_quantized_new_head_is_refused(folder):
+    model = classifier(folder)
+    minift.quantize_model(model, "nf4", 32, only=["score"])
+    with pytest.raises(ValueError, match="score is new and trains, and it is quantized"):
+        minift.apply(model, minift.LoRA())

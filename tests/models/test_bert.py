@@ -133,6 +133,13 @@ def test_padding_on_either_side_changes_no_output(name, length, pad, left):
     torch.testing.assert_close(got, want, rtol=0, atol=FP64)
 
 
+def test_a_text_without_a_real_token_gives_numbers_and_gradients():
+    model = tiny("BertForSequenceClassification")
+    mask = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
+    model(torch.tensor([[5, 9, 33, 8], [5, 9, 33, 8]]), attention_mask=mask).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_every_token_sees_those_behind_it():
     model = tiny("BertModel")
     a, b = model(torch.tensor([[5, 9, 33, 8]])), model(torch.tensor([[5, 9, 33, 7]]))

@@ -202,6 +202,11 @@ def test_a_config_that_changes_the_forward_is_refused_by_name(change, word):
         LlamaConfig.from_hf({**HF, **change})
 
 
+def test_a_qwen_that_names_no_window_has_the_usual_one():
+    config = LlamaConfig.from_hf({**HF, "model_type": "qwen2", "use_sliding_window": True})
+    assert config.sliding_window == 4096 and config.max_window_layers == 28
+
+
 def test_the_architecture_says_the_family_where_model_type_does_not():
     config = {key: value for key, value in HF.items() if key != "model_type"}
     found = LlamaConfig.from_hf({**config, "architectures": ["Qwen2ForCausalLM"]})
