@@ -131,6 +131,7 @@ def load_adapter(
 
 def trained_head(folder: str | Path) -> dict:
     """What `load_model` must be asked for so that the base of this adapter has the head that it trained."""
+    read_json(Path(folder) / CONFIG, "an adapter folder holds it beside " + WEIGHTS)
     path = Path(folder) / WEIGHTS
     found = fact(read_tensors(path)[1], "minift.head", path)
     head, labels = found.get("head"), found.get("labels", [])

@@ -9,13 +9,13 @@ import torch
 from conftest import CharTokenizer, tiny_llama
 
 import minift
-from minift import verbs
 from minift.cli import main
 from minift.methods.base import trainable
 from minift.quant import Quantization
-from minift.reports import merging, quantization
+from minift.reports import merging, probe, quantization
 from minift.reports.probe import read_text
 from minift.reports.quantization import text_nats
+from minift.words import QUANTIZATION_FIELDS
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(
             module, "save_tokenizer", lambda t, path: (path / "tokenizer.json").write_text("-")
         )
+    for module in (probe, quantization):
         monkeypatch.setattr(module, "read_text", lambda text: "the cat sat on the mat. " * 20)
     minift.save_model(tiny_llama(), tmp_path / "base")
     return tmp_path
@@ -141,7 +142,7 @@ def test_the_difference_of_logits_is_that_of_a_worked_example():
 
 
 def test_flags_of_quantization_stand_anywhere_and_are_its_fields(folder, capsys):
-    assert tuple(f.name for f in fields(Quantization)) == verbs.QUANTIZATION_FIELDS
+    assert tuple(f.name for f in fields(Quantization)) == QUANTIZATION_FIELDS
     words = [
         "--quantize",
         "nf4",
