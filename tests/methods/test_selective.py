@@ -87,7 +87,7 @@ def test_two_untied_ends_merge_into_two_weights():
     [
         (".to(torch.float32, copy=True)", ""),
         ("if not self.active:", "if False:"),
-        ("functional_call(self.base, own, arguments)", "self.base(*arguments)"),
+        ("functional_call(innermost(self), self.own(), arguments)", "self.base(*arguments)"),
         ("(adapted, self.base(*arguments))", "(self.base(*arguments), adapted)"),
         ("adapted if self.rows is None else", "adapted if True else"),
         (".to(t) if name in self.names else t", ".to(t) * (1 + 2**-40) if name in self.names else t"),

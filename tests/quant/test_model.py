@@ -43,7 +43,7 @@ def test_rules_choose_layers_and_formats_mix():
     assert len(attention) == 8 and len(feed_forward) == 5 and len(found) == 13
     assert {f for p, f in found.items() if "self_attn" in p} == {"nf4"}
     assert {f for p, f in found.items() if "mlp" in p} == {"int8"}
-    assert type(model.lm_head) is nn.Linear and type(model.model.layers[1].mlp.down_proj) is nn.Linear
+    assert isinstance(model.lm_head, nn.Linear) and isinstance(model.model.layers[1].mlp.down_proj, nn.Linear)
     assert [r.format for r in model.quantization] == ["nf4", "int8"]
     assert torch.isfinite(model(IDS)).all()
 
