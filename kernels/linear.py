@@ -3,7 +3,7 @@
     y = x W^T + bias        x (..., K), W (N, K), bias (N,), y (..., N)
 
 M rows of x meet N K weights with 2 M operations each: for few rows the limit is reading W, once, and torch's
-products of bf16 take a multiple of that (benchmarks/results/linear.md). The C file sums in fp32 and rounds y
+products of bf16 take a multiple of that (benchmarks/bench_linear.py). The C file sums in fp32 and rounds y
 once, after the bias; a row's bits do not depend on the other rows. Its AMX tiles take subnormal numbers as 0.
 All else is torch's product: more rows, other dtypes, other devices, and what trains.
 """
