@@ -45,7 +45,7 @@ def write(folder: str) -> None:
         minift.apply(model, minift.LoRA(r=8, alpha=16, target_modules=["all-linear"]), name)
         random = torch.Generator().manual_seed(NAMES.index(name))
         for part in model.adapters[name].parts:
-            part.lora_B.data.normal_(0, 0.02, generator=random)  # about the size of A
+            part.lora_B.data.normal_(0, 0.04, generator=random)  # so that one adapter is far from another
         minift.save_adapter(model, f"{folder}/{name}", name)
     for name in NAMES:
         model.adapters.remove(name)
