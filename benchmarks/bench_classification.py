@@ -36,7 +36,8 @@ from benchmarks.bench_methods import peak_mib
 from benchmarks.harness import Mismatch, gate
 from minift.data.rows import LABELLED, label_arguments, read_rows
 from minift.methods.base import trainable
-from minift.metrics.classification import f1, paired_difference, wilson
+from minift.metrics.classification import f1
+from minift.metrics.uncertainty import paired_difference, wilson
 from minift.training.evaluation import encode, row_logits
 from minift.training.log import read_log
 from minift.training.settings import TrainConfig
@@ -154,7 +155,7 @@ def tune(name: str, task: Task, label: str, seed: int, folder: Path) -> dict:
         "seed": seed,
         "rate": rate,
         "accuracy": float((y_true == y_pred).mean()),
-        "f1": f1(y_true, y_pred, "macro"),
+        "f1": f1(y_true, y_pred, "macro", zero_division=0.0),
         "trainable": plan.trainable,
         "steps": metrics["steps"],
         "seconds": metrics["train_seconds"],

@@ -1,134 +1,249 @@
-"""Scores of classifiers: accuracy, the confusion matrix, precision, recall, F1, and their intervals.
+"""Scores of each label and their means: precision, recall, specificity, F, Jaccard, and the report.
 
-    accuracy = rows with y_pred = y_true / rows
-    of a label: P = right / predicted,   R = right / true,   F1 = 2 P R / (P + R)
-    macro: the mean over labels;   weighted: the mean weighted by `true`;   micro: of the counts' sums
+    P = right / predicted,   R = right / true,   F_beta = (1 + beta^2) P R / (beta^2 P + R)
+    average: "macro"    the mean over labels
+             "weighted" the mean over labels, weighted by `true`
+             "micro"    the score of the sums over labels
+             "binary"   the score of the label `pos_label`
+             "samples"  the mean over rows, each scored over its labels (matrices of 0 and 1 only)
+             None       the score of each label
 
-Source: Sokolova and Lapalme 2009, "A systematic analysis of performance measures for classification tasks",
-table 3. Names, arguments and the labels that a mean runs over are those of scikit-learn.
+`labels` chooses the labels that take part, and their order; by default those that occur, sorted. A score
+without a denominator is `zero_division`: 0 with a warning where it is not given, else that value without
+one; nan leaves the label out of the mean.
+Source: Sokolova and Lapalme 2009, table 3; names, arguments and conventions of scikit-learn.
 """
-
-from math import sqrt
 
 import numpy as np
 
-AVERAGES = ("macro", "micro", "weighted", None)
-Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+from minift.metrics.checks import choice, warn
+from minift.metrics.confusion import confusion, places
+from minift.metrics.multilabel import LabelCounts
+
+AVERAGES = ("binary", "micro", "macro", "weighted", "samples", None)
 
 
-def accuracy(y_true, y_pred) -> float:
-    """The share of rows that are right."""
-    y_true, y_pred = _rows(y_true, y_pred)
-    return float((y_true == y_pred).mean())
+class Unsaid(float):
+    """A default that warns where it is used."""
 
 
-def confusion_matrix(y_true, y_pred, labels=None) -> np.ndarray:
-    """Entry (i, j): rows of label i that were predicted as label j; int64 (labels, labels).
+ZERO = Unsaid(0.0)
 
-    `labels` are by default those that occur, sorted; rows with another label are left out.
+
+def precision(y_true, y_pred, average="macro", labels=None, zero_division: float = ZERO, pos_label=1):
+    """Of the rows predicted as a label, the share that has it.
+
+    P = right / predicted
+
+    Range: 0 to 1, higher is better.
+    Use: when a false alarm is what costs.
+    Lies: predicting a label once, rightly, scores 1; look at `recall` beside it.
+    Source: scikit-learn's precision_score.
+
+    >>> precision([1, 1, 0, 0], [1, 0, 0, 0], average=None).tolist()
+    [0.6666666666666666, 1.0]
     """
-    y_true, y_pred = _rows(y_true, y_pred)
-    labels = _labels(y_true, y_pred, labels)
-    order = np.argsort(labels)
-    places = []
-    for y in (y_true, y_pred):
-        at = np.searchsorted(labels[order], y).clip(max=len(labels) - 1)
-        places.append(np.where(labels[order][at] == y, order[at], -1))
-    known = (places[0] >= 0) & (places[1] >= 0)
-    matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    np.add.at(matrix, (places[0][known], places[1][known]), 1)
-    return matrix
+    return _score(y_true, y_pred, _precision, "precision", average, labels, zero_division, pos_label)
 
 
-def precision(y_true, y_pred, average, labels=None, zero_division: float = 0.0):
-    """P of the rows, or of each label with average=None; `zero_division` where nothing was predicted."""
-    right, true, predicted = _counts(y_true, y_pred, labels)
-    return _mean(right, predicted, true, average, zero_division)
+def recall(y_true, y_pred, average="macro", labels=None, zero_division: float = ZERO, pos_label=1):
+    """Of the rows that have a label, the share that was predicted so; also sensitivity, true positive rate.
 
+    R = right / true
 
-def recall(y_true, y_pred, average, labels=None, zero_division: float = 0.0):
-    """R, likewise; `zero_division` where nothing is true."""
-    right, true, _ = _counts(y_true, y_pred, labels)
-    return _mean(right, true, true, average, zero_division)
+    Range: 0 to 1, higher is better.
+    Use: when a miss is what costs.
+    Lies: predicting the label always scores 1; look at `precision` or `specificity` beside it.
+    Source: scikit-learn's recall_score.
 
-
-def f1(y_true, y_pred, average, labels=None, zero_division: float = 0.0):
-    """F1, likewise; `zero_division` where nothing is true or predicted."""
-    right, true, predicted = _counts(y_true, y_pred, labels)
-    return _mean(2 * right, predicted + true, true, average, zero_division)
-
-
-def wilson(right: int, rows: int, z: float = Z95) -> tuple[float, float]:
-    """The interval of a share p = right / rows, at 95 % by default:
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    >>> recall([1, 1, 0, 0], [1, 0, 0, 0], average="binary")
+    0.5
     """
-    if not 0 <= right <= rows or rows < 1:
-        raise ValueError(f"{right} of {rows} rows is no share; give 0 <= right <= rows with at least one row")
-    p, n = right / rows, rows
-    middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return (0.0 if right == 0 else low), (1.0 if right == rows else high)  # exactly, not but for rounding
+    return _score(y_true, y_pred, _recall, "recall", average, labels, zero_division, pos_label)
 
 
-def paired_difference(a, b, z: float = Z95) -> tuple[float, float, float]:
-    """(d, low, high): the mean score `a` minus the mean score `b` on the same n rows, with its interval.
+def specificity(y_true, y_pred, average="macro", labels=None, zero_division: float = ZERO, pos_label=1):
+    """Of the rows that do not have a label, the share that was not predicted so; the true negative rate.
 
-    d = mean(a_i - b_i),   d +- z sqrt(sum((a_i - b_i - d)^2)) / n
+    specificity = (n - true - predicted + right) / (n - true)
 
-    With scores 1 and 0 for right and wrong the sum is n10 + n01 - n d^2, the counts of McNemar's test: rows
-    that both have right, or both wrong, tell nothing of the difference. Source: Agresti 2002, "Categorical
-    Data Analysis", section 10.1.
+    Range: 0 to 1, higher is better.
+    Use: beside `recall`, where the negatives are the people left alone.
+    Lies: with many classes every label is rare, and it is near 1 whatever is predicted.
+    Source: Yerushalmy 1947; Sokolova and Lapalme 2009, table 2.
+
+    >>> specificity([1, 1, 0, 0], [1, 1, 1, 0], average="binary")
+    0.5
     """
-    a, b = (np.asarray(scores, dtype=float) for scores in (a, b))
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(
-            f"a has shape {a.shape} and b {b.shape}; give both a score for each row, in one order"
-        )
-    d = float((a - b).mean())
-    half = z * sqrt(((a - b - d) ** 2).sum()) / len(a)
-    return d, d - half, d + half
+    return _score(y_true, y_pred, _specificity, "specificity", average, labels, zero_division, pos_label)
 
 
-def _rows(y_true, y_pred) -> tuple[np.ndarray, np.ndarray]:
-    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    if y_true.shape != y_pred.shape or y_true.ndim != 1 or not len(y_true):
-        raise ValueError(
-            f"y_true has shape {y_true.shape} and y_pred {y_pred.shape}; give one label for each row, and at "
-            "least one row"
-        )
-    return y_true, y_pred
+def f1(y_true, y_pred, average="macro", labels=None, zero_division: float = ZERO, pos_label=1):
+    """The harmonic mean of precision and recall.
+
+    F1 = 2 P R / (P + R) = 2 right / (true + predicted)
+
+    Range: 0 to 1, higher is better.
+    Use: one positive class among many negatives; "macro" when small classes matter as much as large ones.
+    Lies: true negatives do not count; "micro" over all labels is the accuracy; a mean over labels depends on
+    which labels are named, so absent ones (`labels`, `zero_division`) move it.
+    Source: van Rijsbergen 1979, "Information Retrieval", chapter 7; scikit-learn's f1_score.
+
+    >>> f1([0, 1, 2, 0, 1, 2], [0, 2, 1, 0, 0, 1], average=None, zero_division=0.0).tolist()
+    [0.8, 0.0, 0.0]
+    """
+    return fbeta(y_true, y_pred, 1.0, average, labels, zero_division, pos_label)
 
 
-def _labels(y_true, y_pred, labels) -> np.ndarray:
-    if labels is None:
-        return np.unique(np.concatenate((y_true, y_pred)))
-    found = np.asarray(labels)
-    if found.ndim != 1 or not len(found) or len(np.unique(found)) != len(found):
-        raise ValueError(f"labels {labels} must be different from each other, and at least one")
-    return found
+def fbeta(y_true, y_pred, beta: float, average="macro", labels=None, zero_division=ZERO, pos_label=1):
+    """A mean of precision and recall in which recall weighs beta times as much.
+
+    F = (1 + b^2) P R / (b^2 P + R) = (1 + b^2) right / (b^2 true + predicted)
+
+    Range: 0 to 1, higher is better; b = 0 is precision, b = infinity recall.
+    Use: when a miss costs b times what a false alarm does.
+    Lies: as `f1`; and scores of different b do not compare.
+    Source: van Rijsbergen 1979, "Information Retrieval", chapter 7; scikit-learn's fbeta_score.
+
+    >>> round(fbeta([1, 1, 0, 0], [1, 0, 0, 0], beta=2, average="binary"), 4)
+    0.5556
+    """
+    if not beta >= 0:
+        raise ValueError(f"beta {beta!r} must be at least 0")
+    if beta == float("inf"):
+        return _score(y_true, y_pred, _recall, "F", average, labels, zero_division, pos_label)
+
+    def parts(right, true, predicted, n):
+        return (1 + beta**2) * right, beta**2 * true + predicted
+
+    return _score(y_true, y_pred, parts, "F", average, labels, zero_division, pos_label)
 
 
-def _counts(y_true, y_pred, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right, true and predicted rows of each label: three vectors (labels,)."""
-    y_true, y_pred = _rows(y_true, y_pred)
-    hits = [
-        ((y_true == x) & (y_pred == x), y_true == x, y_pred == x) for x in _labels(y_true, y_pred, labels)
-    ]
-    return tuple(np.array([[rows.sum() for rows in hit] for hit in hits]).T)
+def jaccard(y_true, y_pred, average="macro", labels=None, zero_division: float = ZERO, pos_label=1):
+    """Intersection over union of the rows that have a label and those predicted so.
+
+    J = right / (true + predicted - right) = F1 / (2 - F1)
+
+    Range: 0 to 1, higher is better.
+    Use: sets of labels, spans and masks.
+    Lies: it is never above F1 and orders systems as F1 does for one label, but not in means.
+    Source: Jaccard 1912; scikit-learn's jaccard_score.
+
+    >>> jaccard([[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1]], average="samples")
+    0.75
+    """
+    return _score(y_true, y_pred, _jaccard, "jaccard", average, labels, zero_division, pos_label)
 
 
-def _mean(over: np.ndarray, under: np.ndarray, true: np.ndarray, average, zero_division: float):
-    """over / under of each label, or their mean; `zero_division` stands where `under` is zero."""
-    if average not in AVERAGES:
-        raise ValueError(f"average {average!r} is not one of {', '.join(map(str, AVERAGES))}")
+def hamming_loss(y_true, y_pred) -> float:
+    """The share of labels that are wrong.
+
+    loss = 1 - accuracy, or, of matrices, cells with y_pred != y_true / cells
+
+    Range: 0 to 1, lower is better.
+    Use: several labels a row, when each counts alone.
+    Lies: where most cells are 0, predicting none at all scores close to 0.
+    Source: scikit-learn's hamming_loss.
+
+    >>> hamming_loss([[0, 1, 0, 0]], [[0, 0, 0, 0]])
+    0.25
+    """
+    c = confusion(y_true, y_pred)
+    right, true, predicted = (int(t.sum()) for t in c.totals())
+    if isinstance(c, LabelCounts):
+        return (true + predicted - 2 * right) / (c.n * len(c.labels))
+    return (true - right) / true
+
+
+# The numerator and the denominator of a score.
+def _precision(right, true, predicted, n):
+    return right, predicted
+
+
+def _recall(right, true, predicted, n):
+    return right, true
+
+
+def _specificity(right, true, predicted, n):
+    return n - true - predicted + right, n - true
+
+
+def _jaccard(right, true, predicted, n):
+    return right, true + predicted - right
+
+
+def _score(y_true, y_pred, parts, name: str, average, labels, zero_division, pos_label):
+    """The scores of `parts` over labels, averaged."""
+    choice(average, AVERAGES, "average")
+    if not (
+        isinstance(zero_division, (int, float))
+        and (zero_division in (0, 1) or zero_division != zero_division)
+    ):
+        raise ValueError(f"zero_division {zero_division!r} is not 0, 1 or nan")
+    c = confusion(y_true, y_pred)
+    if average == "binary":
+        labels = _binary(c, pos_label)
+    right, true, predicted = _chosen(c, labels)
+    n = c.n
+    if average == "samples":
+        return _samples(c, parts, name, labels, zero_division)
     if average == "micro":
-        over, under = over.sum(keepdims=True), under.sum(keepdims=True)
-    scores = np.where(under > 0, over / np.maximum(under, 1), zero_division)
+        n = n * len(right)
+        right, true, predicted = (t.sum(keepdims=True) for t in (right, true, predicted))
+    scores = _divide(*parts(right, true, predicted, n), zero_division, name, "labels")
     if average is None:
         return scores
-    if average == "weighted":
-        return float((scores * true).sum() / true.sum()) if true.sum() else float(zero_division)
-    return float(scores.mean())
+    return _mean(scores, true if average == "weighted" else None)
+
+
+def _chosen(c, labels) -> list[np.ndarray]:
+    """right, true, predicted of the labels that take part."""
+    if labels is None:
+        return list(c.totals())
+    place, size = places(c, labels)
+    if isinstance(c, LabelCounts) and (place >= 0).sum() < size:
+        raise ValueError(f"labels {labels} must be columns, 0 to {len(c.labels) - 1}")
+    chosen = []
+    for counts in c.totals():
+        chosen.append(np.zeros(size, np.int64))
+        chosen[-1][place[place >= 0]] = counts[place >= 0]
+    return chosen
+
+
+def _binary(c, pos_label) -> list:
+    if isinstance(c, LabelCounts) or len(c.labels) > 2:
+        kind = (
+            "several labels a row" if isinstance(c, LabelCounts) else f"the labels {c.labels[:10].tolist()}"
+        )
+        raise ValueError(f"average='binary' needs two labels, and the rows have {kind}; give another average")
+    if pos_label not in c.labels.tolist() and len(c.labels) == 2:
+        raise ValueError(f"pos_label {pos_label!r} is not one of the labels {c.labels.tolist()}")
+    return [pos_label]
+
+
+def _divide(over: np.ndarray, under: np.ndarray, zero_division: float, name: str, of: str) -> np.ndarray:
+    empty = under == 0
+    if empty.any() and isinstance(zero_division, Unsaid):
+        warn(
+            f"{name} has no denominator in {int(empty.sum())} of {len(empty)} {of} and is taken as 0 there; "
+            "zero_division chooses another value"
+        )
+    return np.where(empty, float(zero_division), over / np.where(empty, 1, under))
+
+
+def _mean(scores: np.ndarray, weights) -> float:
+    """The mean of the scores that are numbers; without weights where these are all 0."""
+    known = ~np.isnan(scores)
+    if not known.any():
+        return float("nan")
+    if weights is None or not weights[known].any():
+        return float(scores[known].mean())
+    return float((scores[known] * weights[known]).sum() / weights[known].sum())
+
+
+def _samples(c, parts, name: str, labels, zero_division: float) -> float:
+    if not isinstance(c, LabelCounts) or labels is not None:
+        raise ValueError("average='samples' needs matrices (rows, labels) of 0 and 1, and all their labels")
+    triples, count = c.each_row()
+    scores = _divide(*parts(*triples.T, len(c.labels)), zero_division, name, "kinds of rows")
+    return _mean(scores, count)

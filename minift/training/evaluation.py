@@ -8,7 +8,9 @@ import torch
 from minift.data.collate import collate, encode_labelled, encode_row, encode_translation, micro_batches
 from minift.data.rows import FIELDS, LABELLED, check_row, label_targets, read_rows
 from minift.data.tokenizer import Tokenizer
-from minift.metrics.classification import accuracy, f1, wilson
+from minift.metrics.classification import f1
+from minift.metrics.confusion import accuracy
+from minift.metrics.uncertainty import wilson
 from minift.models.interface import LanguageModel
 from minift.training.objective import Objective, rows_loss
 from minift.training.settings import TrainConfig
@@ -123,5 +125,5 @@ def scores(objective: Objective, examples: list, pad_id: int, micro_batch_tokens
     return found | {
         "eval_accuracy": share,
         "eval_accuracy_interval": list(wilson(round(share * len(labels)), len(labels))),
-        "eval_f1_macro": f1(y_true, y_pred, "macro"),
+        "eval_f1_macro": f1(y_true, y_pred, "macro", zero_division=0.0),
     }

@@ -11,7 +11,7 @@ import minift
 from minift import cli
 from minift.data.rows import write_rows
 from minift.methods.base import trainable
-from minift.metrics.classification import wilson
+from minift.metrics.uncertainty import wilson
 from minift.models.bert import Bert, BertConfig
 from minift.training import loop
 from minift.training.evaluation import encode, evaluate_loss, row_logits

@@ -1,0 +1,64 @@
+"""The table of a classifier's scores, label by label, as text."""
+
+from minift.metrics.classification import ZERO, f1, precision, recall
+from minift.metrics.confusion import confusion
+from minift.metrics.multilabel import LabelCounts
+
+HEADS = ("precision", "recall", "f1-score", "support")
+
+
+def classification_report(
+    y_true, y_pred, labels=None, target_names=None, digits=2, zero_division=ZERO
+) -> str:
+    """Precision, recall, F1 and rows of each label, and their means, as a table.
+
+    A line for each label; then the accuracy (or, where `labels` leaves some out, the micro average), the
+    macro and the weighted average; "samples" too for matrices of 0 and 1. `target_names` name the lines.
+    Range: 0 to 1, higher is better.
+    Use: to read a classifier's errors at a glance.
+    Lies: "macro avg f1-score" is the mean of F1s, not the F1 of the mean precision and recall.
+    Source: scikit-learn's classification_report, the same text.
+
+    >>> print(classification_report([1, 0, 1, 1], [1, 0, 0, 1]))
+                  precision    recall  f1-score   support
+    <BLANKLINE>
+               0       0.50      1.00      0.67         1
+               1       1.00      0.67      0.80         3
+    <BLANKLINE>
+        accuracy                           0.75         4
+       macro avg       0.75      0.83      0.73         4
+    weighted avg       0.88      0.75      0.77         4
+    <BLANKLINE>
+    """
+    c = confusion(y_true, y_pred)
+    shown = c.labels if labels is None else labels
+    names = [str(label) for label in shown] if target_names is None else list(map(str, target_names))
+    if len(names) != len(shown):
+        raise ValueError(f"target_names has {len(names)} names for {len(shown)} labels; give one for each")
+    many = isinstance(c, LabelCounts)
+    whole = not many and set(c.labels.tolist()) <= set(shown)
+    width = max(*map(len, names), len("weighted avg"), digits)
+    support = _support(c, shown)
+
+    def line(name, scores, rows):
+        return f"{name:>{width}s} " + "".join(f" {score:>9.{digits}f}" for score in scores) + f" {rows:>9}\n"
+
+    def scores(average):
+        return [metric(c, None, average, labels, zero_division) for metric in (precision, recall, f1)]
+
+    text = f"{'':>{width}s} " + "".join(f" {head:>9}" for head in HEADS) + "\n\n"
+    for name, *row in zip(names, *scores(None), support, strict=True):
+        text += line(name, row[:3], row[3])
+    text += "\n"
+    for average in ("micro", "macro", "weighted", *(("samples",) if many else ())):
+        if average == "micro" and whole:
+            text += f"{'accuracy':>{width}s} {'':20} {c.share_right:>9.{digits}f} {sum(support):>9}\n"
+        else:
+            text += line(f"{average} avg", scores(average), sum(support))
+    return text
+
+
+def _support(c, shown) -> list[int]:
+    """Rows of each label."""
+    true = dict(zip(c.labels.tolist(), c.totals()[1].tolist(), strict=True))
+    return [true.get(label, 0) for label in getattr(shown, "tolist", lambda: shown)()]
