@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """right, true and predicted rows of each label; and how many rows have which three of these themselves."""
+    """right, true and predicted rows of each label; and how many rows have which three of these."""
 
     right: np.ndarray  # (labels,) int64
     true: np.ndarray

@@ -37,7 +37,7 @@ STREAMS = {  # metric -> the function that counts its statistics
 
 
 class State:
-    """A metric over batches: `update` takes the metric's rows, `merge` another state, `compute` scores all."""
+    """A metric over batches: `update` takes its rows, `merge` another state, `compute` scores all."""
 
     def __init__(self, metric, **settings):
         from_name = getattr(metric, "__name__", metric)
