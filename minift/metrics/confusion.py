@@ -177,7 +177,7 @@ def balanced_accuracy(y_true, y_pred, adjusted: bool = False) -> float:
 
     balanced_accuracy = mean over labels i with true_i > 0 of right_i / true_i
 
-    `adjusted` subtracts chance, 1 / k for k such labels, and divides by 1 - 1 / k.
+    `adjusted` subtracts chance, 1 / k for k such labels, and divides by 1 - 1 / k; nan where k is 1.
     Range: 0 to 1, chance is 1 / k; adjusted: at most 1, chance is 0.
     Use: classes of very different sizes.
     Lies: a class of three rows weighs as much as one of three thousand, so its luck moves the score.
@@ -188,24 +188,23 @@ def balanced_accuracy(y_true, y_pred, adjusted: bool = False) -> float:
     """
     right, true, _ = one_label(y_true, y_pred).totals()
     occur = true > 0
-    if not occur.all():
+    classes = int(occur.sum())
+    if classes < len(true):
         warn("y_pred has labels that y_true lacks; they are left out of the mean")
+    elif classes == 1:
+        warn("all rows have one label, so this says nothing of others" + adjusted * ", and adjusted is nan")
     score = float((right[occur] / true[occur]).mean())
-    chance = 1 / int(occur.sum())
     if not adjusted:
         return score
-    if chance == 1:
-        warn("y_true has a single label, so the adjusted score is undefined: nan")
-        return float("nan")
-    return (score - chance) / (1 - chance)
+    return (score - 1 / classes) / (1 - 1 / classes) if classes > 1 else float("nan")
 
 
 def matthews_corrcoef(y_true, y_pred) -> float:
     """Matthews' correlation of truth and prediction, for any number of classes.
 
-    (n sum right_i - sum true_i predicted_i) / sqrt((n^2 - sum predicted_i^2) (n^2 - sum true_i^2))
+    MCC = (n sum right_i - sum true_i predicted_i) / sqrt((n^2 - sum predicted_i^2) (n^2 - sum true_i^2))
 
-    0 where all rows have one label or get one.
+    It is 0 where all rows have one label or get one.
     Range: -1 to 1; 0 is what guessing scores.
     Use: one number for two unbalanced classes that a constant guess cannot raise.
     Lies: it swings when one class has a handful of rows, and hides which kind of error was made.

@@ -12,6 +12,8 @@ def classification_report(
 ) -> str:
     """Precision, recall, F1 and rows of each label, and their means, as a table.
 
+    P = right / predicted,   R = right / true,   F1 = 2 P R / (P + R),   support = true
+
     A line for each label; then the accuracy (or, where `labels` leaves some out, the micro average), the
     macro and the weighted average; "samples" too for matrices of 0 and 1. `target_names` name the lines.
     Range: 0 to 1, higher is better.
