@@ -21,6 +21,7 @@ USAGE = """minift VERB ...
   tokens MODEL --adapter DIR [--k 5]     the vocabulary's tokens nearest to each learned virtual token
   generate MODEL TEXT [--adapter DIR]    continue a text as a stream, or answer it with --chat; --num-beams N
         or --temperature T, --top-k, --top-p, --min-p; --repetition-penalty R, --stop TEXT
+  metrics list | explain NAME            every metric: formula, range, when to use it, when it lies
   env                                    versions, devices, which kernels run here and why
 
 settings are the config's own paths: --method lora --method.r 16 --train.epochs 2
@@ -30,7 +31,16 @@ MINIFT_TRACEBACK=1 shows where an error came from"""
 VERBS = {
     verb.__name__: verb
     for verb in (
-        *(verbs.demo, verbs.fetch, verbs.train, verbs.plan, verbs.params, verbs.generate, verbs.env),
+        *(
+            verbs.demo,
+            verbs.fetch,
+            verbs.train,
+            verbs.plan,
+            verbs.params,
+            verbs.generate,
+            verbs.metrics,
+            verbs.env,
+        ),
         *(verbs_disk.inspect, verbs_disk.quantize, verbs_disk.merge, verbs_disk.rank),
         *(verbs_disk.verify, verbs_disk.tokens),
     )

@@ -31,6 +31,18 @@ def fetch(argv):
     get(parser.parse_args(argv).name)
 
 
+def metrics(argv):
+    parser = Parser("minift metrics")
+    parser.add_argument("what", choices=("list", "explain"))
+    parser.add_argument("name", nargs="?", help="of a metric, for explain")
+    arguments = parser.parse_args(argv)
+    if (arguments.what == "explain") != (arguments.name is not None):
+        raise ValueError("give `minift metrics list`, or `minift metrics explain NAME`")
+    from minift.metrics import catalogue
+
+    print(catalogue.explain(arguments.name) if arguments.name else catalogue.listing())
+
+
 def env(argv):
     Parser("minift env").parse_args(argv)
     from minift.reports.environment import run
