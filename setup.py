@@ -53,7 +53,11 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.18"],
         "test": [*DEMO, "safetensors>=0.5", "pytest>=8.3", "hypothesis>=6.120", "ruff>=0.9"],
-        "parity": ["transformers>=5.0", "peft>=0.18", "rouge-score>=0.1.2", "bitsandbytes>=0.50"],
+        "parity": [
+            *("transformers>=5.0", "peft>=0.18", "bitsandbytes>=0.50"),
+            *("scikit-learn>=1.9", "scipy>=1.15", "sacrebleu>=2.6", "rouge-score>=0.1.2", "nltk>=3.10"),
+            *("seqeval>=1.2.2", "statsmodels>=0.15", "krippendorff>=0.8"),
+        ],
     },
     entry_points={"console_scripts": ["minift = minift.cli:main"]},
 )
