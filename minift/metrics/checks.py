@@ -33,9 +33,35 @@ def finite(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} holds {array.dtype}; give numbers")
     array = array.astype(np.float64, copy=False)
-    if not np.isfinite(array.sum()) and not (good := np.isfinite(array)).all():
+    with np.errstate(all="ignore"):  # the sum of finite numbers may overflow
+        whole = array.sum()
+    if not np.isfinite(whole) and not (good := np.isfinite(array)).all():
         at = np.unravel_index(np.argmin(good), array.shape)
         raise ValueError(f"{name}{list(map(int, at))} is {array[at]}; give finite numbers")
+    return array
+
+
+def scores(values, name: str) -> np.ndarray:
+    """Finite numbers of their own dtype, one for each row or (rows, columns)."""
+    array = np.asarray(values)
+    if array.ndim not in (1, 2) or not array.size:
+        raise ValueError(f"{name} has shape {array.shape}; give (rows,) or (rows, columns), at least one row")
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        finite(array, name)
+    return array
+
+
+def probabilities(array: np.ndarray, name: str) -> np.ndarray:
+    """Floats from 0 to 1, (rows,) or (rows, classes) with rows that sum to 1."""
+    if (wrong := (array < 0) | (array > 1)).any():
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(f"{name}{list(at)} is {array[at]}; give probabilities, from 0 to 1")
+    if array.dtype.kind != "f":
+        array = array.astype(np.float64)
+    sums = array.sum(axis=1, dtype=np.float64) if array.ndim == 2 else np.ones(1)
+    if (wrong := np.abs(sums - 1) > 1e-8 + np.sqrt(np.finfo(array.dtype).eps)).any():  # scikit-learn's bound
+        row = int(np.argmax(wrong))
+        raise ValueError(f"{name}[{row}] sums to {float(sums[row])}; give rows that sum to 1")
     return array
 
 
@@ -87,6 +113,8 @@ def texts(values, name: str) -> list[str]:
     """A text for each row, at least one row."""
     if isinstance(values, str):
         raise ValueError(f"{name} is one string, {values[:40]!r}; give a list with one text for each row")
+    if not np.iterable(values):
+        raise ValueError(f"{name} is {values!r}; give a list with one text for each row")
     values = list(values)
     if not values:
         raise ValueError(f"{name} is empty; give at least one text")
@@ -105,9 +133,11 @@ def text_rows(hypotheses, references, name: str = "hypotheses") -> tuple[list[st
     hypotheses = texts(hypotheses, name)
     if isinstance(references, str):
         raise ValueError(f"references is one string, {references[:40]!r}; give a list with one for each row")
+    if not np.iterable(references):
+        raise ValueError(f"references is {references!r}; give a list with one for each row")
     references = list(references)
     if len(references) != len(hypotheses):
-        streams = all(not isinstance(r, str) and len(r) == len(hypotheses) for r in references)
+        streams = all(isinstance(r, (list, tuple)) and len(r) == len(hypotheses) for r in references)
         hint = "; these look like sacrebleu's streams: give list(zip(*references))" if streams else ""
         raise ValueError(
             f"{len(hypotheses)} {name} and {len(references)} references; give for each row one reference or "
@@ -115,7 +145,7 @@ def text_rows(hypotheses, references, name: str = "hypotheses") -> tuple[list[st
         )
     rows = []
     for row, own in enumerate(references):
-        own = [own] if isinstance(own, str) else list(own)
+        own = [own] if isinstance(own, str) else list(own) if np.iterable(own) else []
         if not own or not all(isinstance(text, str) for text in own):
             raise ValueError(f"references[{row}] is {references[row]!r}; give a string, or a list of strings")
         rows.append(own)

@@ -14,8 +14,10 @@ import numpy as np
 
 from minift.metrics.checks import choice, label_rows, warn
 from minift.metrics.multilabel import LabelCounts, label_counts
+from minift.metrics.totals import joined
 
-SPAN = 1 << 10  # labels that are integers this near to each other are counted in one dense pass
+SPAN = 1 << 10  # labels that are integers this near to each other are counted in a dense matrix
+BLOCK = 1 << 14  # rows counted at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Confusion:
     count: np.ndarray  # (m,) int64
 
     def __add__(self, other: "Confusion") -> "Confusion":
-        labels = np.unique(np.concatenate((self.labels, other.labels)))
+        labels = np.unique(joined(self.labels, other.labels))
         places = [np.searchsorted(labels, part.labels) for part in (self, other)]
         parts = list(zip((self, other), places, strict=True))
         true = np.concatenate([place[part.true] for part, place in parts])
@@ -70,20 +72,37 @@ def confusion(y_true, y_pred) -> Confusion | LabelCounts:
         span = max(int(y_true.max()), int(y_pred.max())) - low + 1
         if span <= SPAN and span * span <= max(SPAN, 4 * len(y_true)):
             return _dense(y_true, y_pred, low, span)
-    labels, places = np.unique(np.concatenate((y_true, y_pred)), return_inverse=True)
-    true, predicted = places[: len(y_true)], places[len(y_true) :]
-    return _sparse(labels, true, predicted, np.ones(len(true), np.int64))
+    parts = []
+    for block in _blocks(len(y_true), BLOCK):
+        labels, places = np.unique(np.concatenate((y_true[block], y_pred[block])), return_inverse=True)
+        true, predicted = np.split(places, 2)
+        cells, count = np.unique(true * len(labels) + predicted, return_counts=True)
+        parts.append((labels[cells // len(labels)], labels[cells % len(labels)], count))
+    true, predicted, count = map(np.concatenate, zip(*parts, strict=True))
+    labels, places = np.unique(np.concatenate((true, predicted)), return_inverse=True)
+    return _sparse(labels, *np.split(places, 2), count)
 
 
 def _dense(y_true, y_pred, low: int, span: int) -> Confusion:
-    """Counted in one pass over span x span cells."""
-    cell = (y_true.astype(np.int64) - low) * span + (y_pred.astype(np.int64) - low)
-    matrix = np.bincount(cell, minlength=span * span).reshape(span, span)
+    """Counted in span x span cells."""
+    matrix = np.zeros(span * span, np.int64)
+    for block in _blocks(len(y_true), max(BLOCK, span * span)):
+        cell = y_true[block].astype(np.int64)
+        cell -= low
+        cell *= span
+        cell += y_pred[block]
+        cell -= low
+        matrix += np.bincount(cell, minlength=span * span)
+    matrix = matrix.reshape(span, span)
     occur = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))
     matrix = matrix[np.ix_(occur, occur)]
     true, predicted = np.nonzero(matrix)
     labels = (occur + low).astype(np.result_type(y_true, y_pred))
     return Confusion(labels, true, predicted, matrix[true, predicted])
+
+
+def _blocks(rows: int, size: int):
+    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def _sparse(labels, true, predicted, count) -> Confusion:
@@ -169,7 +188,10 @@ def accuracy(y_true, y_pred) -> float:
     >>> accuracy([1] + 99 * [0], 100 * [0])
     0.99
     """
-    return confusion(y_true, y_pred).share_right
+    if isinstance(y_true, Confusion) or np.ndim(y_true) != 1:
+        return confusion(y_true, y_pred).share_right
+    y_true, y_pred = label_rows(y_true, y_pred)  # the same share, without counting what the others are
+    return int(np.count_nonzero(y_true == y_pred)) / len(y_true)
 
 
 def balanced_accuracy(y_true, y_pred, adjusted: bool = False) -> float:

@@ -49,7 +49,7 @@ class LabelCounts:
 
 
 def label_counts(y_true, y_pred) -> LabelCounts:
-    y_true, y_pred = _indicators(y_true, "y_true"), _indicators(y_pred, "y_pred")
+    y_true, y_pred = indicators(y_true, "y_true"), indicators(y_pred, "y_pred")
     if y_true.shape != y_pred.shape:
         raise ValueError(
             f"y_true has shape {y_true.shape} and y_pred {y_pred.shape}; give both (rows, labels)"
@@ -61,7 +61,7 @@ def label_counts(y_true, y_pred) -> LabelCounts:
     return LabelCounts(*(m.sum(axis=0) for m in three), rows)
 
 
-def _indicators(values, name: str) -> np.ndarray:
+def indicators(values, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} has shape {array.shape}; give (rows, labels) with at least one of each")

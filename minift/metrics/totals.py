@@ -20,4 +20,11 @@ class Rows(tuple):
         return super().__new__(cls, arrays)
 
     def __add__(self, other):
-        return Rows(*(np.concatenate((a, b)) for a, b in zip(self, other, strict=True)))
+        return Rows(*(joined(a, b) for a, b in zip(self, other, strict=True)))
+
+
+def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """One behind the other, where numpy would make strings of numbers that meet strings."""
+    if (a.dtype.kind == "U") != (b.dtype.kind == "U"):
+        raise ValueError(f"one batch has labels as {a[0]!r} and another as {b[0]!r}; give labels of one kind")
+    return np.concatenate((a, b))

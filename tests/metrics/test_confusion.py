@@ -34,6 +34,10 @@ def check_published(module):
     assert module.matthews_corrcoef([0, 1], [0, 0]) == 0
     far = (10**12 * np.array([2, 0, 2, 2, 0, 1]), 10**12 * np.array([0, 0, 2, 2, 0, 2]))
     assert module.confusion_matrix(*far).tolist() == matrix.tolist()
+    for y in (np.array([1, 2, 2]), np.array(["b", "a", "a"]), 10**9 * np.array([1, 2, 2])):
+        many = np.tile(y, module.BLOCK)
+        assert module.accuracy(many, many) == 1
+        assert sorted(module.confusion_matrix(many, many).sum(1)) == [module.BLOCK, 2 * module.BLOCK]
     three = [module.confusion([x], [y]) for x, y in ((5, 5), (1, 9), (5, 1))]
     assert module.confusion_matrix(three[0] + three[1] + three[2], None).tolist() == [
         [0, 0, 1],
@@ -47,12 +51,19 @@ def test_published_values():
 
 
 MUTANTS = [
-    ("(y_true.astype(np.int64) - low) * span + (y_pred", "(y_pred.astype(np.int64) - low) * span + (y_true"),
+    ("cell += y_pred[block]", "cell += y_true[block]"),
+    ("cell *= span", "cell *= span - 1"),
+    ("matrix += np.bincount", "matrix = np.bincount"),
     ("matrix.sum(axis=0) + matrix.sum(axis=1)", "matrix.sum(axis=1)"),
     ("(occur + low)", "occur"),
     ("cells // len(labels), cells % len(labels)", "cells % len(labels), cells // len(labels)"),
     ("_add(place, count, len(cells))", "np.bincount(place)"),
-    ("places[: len(y_true)], places[len(y_true) :]", "places[len(y_true) :], places[: len(y_true)]"),
+    ("*np.split(places, 2), count", "*np.split(places, 2)[::-1], count"),
+    (
+        "labels[cells // len(labels)], labels[cells % len(labels)], count",
+        "labels[cells // len(labels)], labels[cells % len(labels)], count**0",
+    ),
+    ("np.count_nonzero(y_true == y_pred)", "np.count_nonzero(y_true != y_pred) // 2"),
     ('{"true": 1, "pred": 0', '{"true": 0, "pred": 1'),
     ("order[at], -1)", "at, -1)"),
     ("matrix[true[known], predicted[known]] =", "matrix[predicted[known], true[known]] ="),
