@@ -175,22 +175,22 @@ def _jaccard(right, true, predicted, n):
 def _score(y_true, y_pred, parts, name: str, average, labels, zero_division, pos_label):
     """The scores of `parts` over labels, averaged."""
     choice(average, AVERAGES, "average")
-    if not (
-        isinstance(zero_division, (int, float))
-        and (zero_division in (0, 1) or zero_division != zero_division)
-    ):
-        raise ValueError(f"zero_division {zero_division!r} is not 0, 1 or nan")
+    check_zero_division(zero_division)
     c = confusion(y_true, y_pred)
     if average == "binary":
         labels = _binary(c, pos_label)
-    right, true, predicted = _chosen(c, labels)
-    n = c.n
+    counts = _chosen(c, labels)
     if average == "samples":
         return _samples(c, parts, name, labels, zero_division)
+    return averaged(parts, name, *counts, c.n, average, zero_division, "labels")
+
+
+def averaged(parts, name: str, right, true, predicted, n, average, zero_division: float, of: str):
+    """The scores of `parts` of each of the counts, which are of labels or of other kinds (`of`), averaged."""
     if average == "micro":
         n = n * len(right)
         right, true, predicted = (t.sum(keepdims=True) for t in (right, true, predicted))
-    scores = _divide(*parts(right, true, predicted, n), zero_division, name, "labels")
+    scores = _divide(*parts(right, true, predicted, n), zero_division, name, of)
     if average is None:
         return scores
     return _mean(scores, true if average == "weighted" else None)
@@ -219,6 +219,11 @@ def _binary(c, pos_label) -> list:
     if pos_label not in c.labels.tolist() and len(c.labels) == 2:
         raise ValueError(f"pos_label {pos_label!r} is not one of the labels {c.labels.tolist()}")
     return [pos_label]
+
+
+def check_zero_division(value) -> None:
+    if not (isinstance(value, (int, float)) and (value in (0, 1) or value != value)):
+        raise ValueError(f"zero_division {value!r} is not 0, 1 or nan")
 
 
 def _divide(over: np.ndarray, under: np.ndarray, zero_division: float, name: str, of: str) -> np.ndarray:
