@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "torchao")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "torchao"),
+    *("scikit-learn", "sacrebleu", "rouge-score"),
+)
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 

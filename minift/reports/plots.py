@@ -1,6 +1,14 @@
-"""Pictures, where matplotlib is installed."""
+"""Pictures, where matplotlib is installed.
+
+Those of a run are written to a path and are left out without matplotlib; those of metrics return a figure.
+"""
 
 import numpy as np
+
+from minift.metrics.calibration import reliability_curve
+from minift.metrics.confusion import confusion, confusion_matrix
+from minift.metrics.curves import precision_recall_curve, roc_curve
+from minift.metrics.ranking import average_precision, roc_auc
 
 
 def plot_loss(records: list[dict], path) -> bool:
@@ -107,6 +115,89 @@ def _what(node) -> str:
         return "norm"
     own = [rule for rule in node.rules if not rule.startswith("role ")]
     return "" if not own else "all-linear" if own == ["all-linear"] else "usual"
+
+
+def plot_confusion_matrix(y_true, y_pred, labels=None):
+    """Shares of each true label's rows, with the counts written in; a matplotlib figure."""
+    names = confusion(y_true, y_pred).labels.tolist() if labels is None else list(labels)
+    counts = confusion_matrix(y_true, y_pred, labels)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (true, predicted)
+    figure = _needed(1.4)
+    side = min(20, max(5, 0.55 * len(names) + 2))
+    figure.set_size_inches(side + 1, side)
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        for (i, j), count in np.ndenumerate(counts):
+            colour = "white" if shares[i, j] > 0.5 else "black" if count else "0.7"
+            axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{counts.sum():,} rows")
+    figure.colorbar(picture, label="share of the true label's rows", shrink=0.8)
+    return figure
+
+
+def plot_roc(y_true, y_score, pos_label=1):
+    """The ROC curve with its area, beside that of a guess; a matplotlib figure."""
+    fpr, tpr, _ = roc_curve(y_true, y_score, pos_label=pos_label)
+    figure, axes = _square("ROC curve", "false positive rate", "true positive rate")
+    area = roc_auc(np.asarray(y_true) == pos_label, y_score)
+    axes.plot(fpr, tpr, color="tab:blue", linewidth=2, label=f"area {area:.3f}")
+    axes.plot((0, 1), (0, 1), color="0.6", linestyle="--", label="a guess")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def plot_precision_recall(y_true, y_score, pos_label=1):
+    """Precision over recall with its average, beside that of a guess; a matplotlib figure."""
+    precision, recall, _ = precision_recall_curve(y_true, y_score, pos_label=pos_label)
+    figure, axes = _square("precision and recall", "recall", "precision")
+    positive = np.asarray(y_true) == pos_label
+    mean = average_precision(positive, y_score)
+    # A threshold between two scores reaches no point between theirs: steps, not slopes.
+    axes.step(recall, precision, where="post", color="tab:blue", linewidth=2, label=f"average {mean:.3f}")
+    axes.axhline(positive.mean(), color="0.6", linestyle="--", label="a guess")
+    axes.legend(loc="lower left")
+    return figure
+
+
+def plot_reliability(y_true, y_prob, bins: int = 10):
+    """The share of rows that came true at each probability, above how many rows there are; a figure.
+
+    A vector of probabilities is of the positive class, of a matrix (rows, classes) the largest of each row.
+    """
+    confidence, right, rows = reliability_curve(y_true, y_prob, bins)
+    filled = rows > 0
+    figure = _needed(1.4)
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    axes.plot((0, 1), (0, 1), color="0.6", linestyle="--", label="calibrated")
+    axes.plot(confidence[filled], right[filled], color="tab:blue", marker="o", label="rows of a bin")
+    share = "share of positive rows" if np.ndim(y_prob) == 1 else "share of rows that are right"
+    axes.set(ylabel=share, title="reliability", xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    below.bar((np.arange(bins) + 0.5) / bins, rows, width=0.9 / bins, color="tab:blue")
+    below.set(xlabel="probability", ylabel="rows")
+    return figure
+
+
+def _square(title: str, xlabel: str, ylabel: str):
+    figure = _needed(1)
+    figure.set_size_inches(5, 5)
+    axes = figure.add_subplot()
+    axes.set(
+        title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal"
+    )
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _needed(height: float):
+    figure = _figure(height)
+    if figure is None:
+        raise ModuleNotFoundError("plots need matplotlib: pip install -c constraints.txt -e '.[plots]'")
+    return figure
 
 
 def _figure(height: float):
