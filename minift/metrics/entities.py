@@ -23,7 +23,7 @@ import numpy as np
 
 from minift.metrics.checks import choice, same_rows, warn
 from minift.metrics.classification import ZERO, averaged, check_zero_division
-from minift.metrics.report import HEADS
+from minift.metrics.report import table
 from minift.metrics.totals import Totals
 
 # A tag is written in two characters: "+" where it has the type of the tag before it, else "|"; its letter.
@@ -119,22 +119,17 @@ def entity_report(y_true, y_pred, scheme=None, digits: int = 2, zero_division: f
     types, (_, true, _) = _types(counts)
     if not types:
         raise ValueError("y_true and y_pred hold no entity, so there is nothing to report")
-    width = max(*map(len, types), len("weighted avg"), digits)
-    lines = [f"{'':>{width}} " + "".join(f" {head:>9}" for head in HEADS), ""]
 
     def scores(average, zero_division):
         parts = (_precision, "precision"), (_recall, "recall"), (_f1, "F1")
         return [_score(counts, None, *part, average, scheme, zero_division) for part in parts]
 
-    def line(name, scores, rows):
-        lines.append(f"{name:>{width}} " + "".join(f" {s:>9.{digits}f}" for s in scores) + f" {rows:>9}")
-
-    for name, *row, rows in zip(types, *scores(None, zero_division), true, strict=True):
-        line(name, row, rows)
-    lines.append("")
-    for average in ("micro", "macro", "weighted"):
-        line(f"{average} avg", scores(average, float(zero_division)), true.sum())  # said above, if at all
-    return "\n".join([*lines, ""])
+    each = zip(types, *scores(None, zero_division), true.tolist(), strict=True)
+    means = [
+        (f"{average} avg", *scores(average, float(zero_division)), true.sum())  # a warning is said above
+        for average in ("micro", "macro", "weighted")
+    ]
+    return table(each, means, digits)
 
 
 def entity_counts(y_true, y_pred, scheme=None) -> Totals:

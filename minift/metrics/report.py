@@ -1,5 +1,7 @@
 """The table of a classifier's scores, label by label, as text."""
 
+import numpy as np
+
 from minift.metrics.classification import ZERO, f1, precision, recall
 from minift.metrics.confusion import confusion
 from minift.metrics.multilabel import LabelCounts
@@ -39,28 +41,30 @@ def classification_report(
         raise ValueError(f"target_names has {len(names)} names for {len(shown)} labels; give one for each")
     many = isinstance(c, LabelCounts)
     whole = not many and set(c.labels.tolist()) <= set(shown)
-    width = max(*map(len, names), len("weighted avg"), digits)
-    support = _support(c, shown)
+    true = dict(zip(c.labels.tolist(), c.totals()[1].tolist(), strict=True))
+    support = [true.get(label, 0) for label in np.asarray(shown).tolist()]
 
-    def line(name, scores, rows):
-        return f"{name:>{width}s} " + "".join(f" {score:>9.{digits}f}" for score in scores) + f" {rows:>9}\n"
-
-    def scores(average):
+    def scores(average, zero_division):
         return [metric(c, None, average, labels, zero_division) for metric in (precision, recall, f1)]
 
-    text = f"{'':>{width}s} " + "".join(f" {head:>9}" for head in HEADS) + "\n\n"
-    for name, *row in zip(names, *scores(None), support, strict=True):
-        text += line(name, row[:3], row[3])
-    text += "\n"
+    each = zip(names, *scores(None, zero_division), support, strict=True)
+    means = []
     for average in ("micro", "macro", "weighted", *(("samples",) if many else ())):
-        if average == "micro" and whole:
-            text += f"{'accuracy':>{width}s} {'':20} {c.share_right:>9.{digits}f} {sum(support):>9}\n"
-        else:
-            text += line(f"{average} avg", scores(average), sum(support))
-    return text
+        three = scores(average, float(zero_division))  # a warning is said above
+        accuracy = average == "micro" and whole
+        line = ("accuracy", None, None, c.share_right) if accuracy else (f"{average} avg", *three)
+        means.append((*line, sum(support)))
+    return table(each, means, digits)
 
 
-def _support(c, shown) -> list[int]:
-    """Rows of each label."""
-    true = dict(zip(c.labels.tolist(), c.totals()[1].tolist(), strict=True))
-    return [true.get(label, 0) for label in getattr(shown, "tolist", lambda: shown)()]
+def table(labels, means, digits: int) -> str:
+    """Lines of (name, precision, recall, F1, rows), those of labels above those of means; None is blank."""
+    labels, means = list(labels), list(means)
+    width = max(*(len(name) for name, *_ in labels), len("weighted avg"), digits)
+    lines = [f"{'':>{width}} " + "".join(f" {head:>9}" for head in HEADS)]
+    for block in (labels, means):
+        lines.append("")
+        for name, *scores, rows in block:
+            cells = ("" if score is None else f"{score:.{digits}f}" for score in scores)
+            lines.append(f"{name:>{width}} " + "".join(f" {cell:>9}" for cell in cells) + f" {rows:>9}")
+    return "\n".join([*lines, ""])

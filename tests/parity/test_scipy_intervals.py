@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("scipy")
 
 import numpy as np
-from hypothesis import given, settings
+from cases import CASES
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -19,7 +20,6 @@ from minift.metrics.sampling import pass_at_k
 from minift.metrics.uncertainty import mcnemar, paired_difference, wilson
 
 pytestmark = pytest.mark.parity
-CASES = settings(max_examples=1000)
 
 kinds = st.sampled_from(["right or wrong", "ties", "normal", "large", "constant"])
 seeds = st.integers(0, 2**32 - 1)

@@ -13,7 +13,8 @@ pytest.importorskip("seqeval")
 
 import seqeval.metrics
 import seqeval.scheme
-from hypothesis import example, given, settings
+from cases import CASES, cases
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minift.metrics import MetricWarning, entity_f1, entity_precision, entity_recall, entity_report
@@ -64,7 +65,7 @@ def strict(scheme) -> dict:
     return {} if scheme is None else {"mode": "strict", "scheme": getattr(seqeval.scheme, scheme)}
 
 
-@settings(max_examples=1000)
+@CASES
 @given(sentences(), st.sampled_from(["micro", "macro", "weighted", None]), st.sampled_from([None, 0, 1]))
 @example(("IOB1", [["I-A", "B-A", "B-B", "I-B"]], [["O", "B-A", "I-A", "B-A"]]), None, None)
 @example((None, [[], ["O"]], [[], ["O"]]), "micro", None)
@@ -97,7 +98,7 @@ def test_the_report_is_that_of_seqeval_at_any_width(digits, kind):
     assert entity_report(truth, tagged, None, digits, 0) == expected
 
 
-@settings(max_examples=200)
+@cases(200)
 @given(st.sampled_from([s for s in SCHEMES if s]), LETTERS)
 def test_letters_that_the_scheme_lacks_are_refused_by_both(scheme, letters):
     tags = [[letter if letter == "O" else f"{letter}-A" for letter in letters]]

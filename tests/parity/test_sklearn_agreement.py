@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("sklearn")
 
 import numpy as np
-from hypothesis import given, settings
+from cases import CASES
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import cohen_kappa_score
@@ -24,7 +25,6 @@ from minift.metrics.uncertainty import mcnemar
 
 pytestmark = pytest.mark.parity
 CLOSE = {"rel": 0, "abs": 1e-12, "nan_ok": True}
-CASES = settings(max_examples=1000)
 seeds = st.integers(0, 2**32 - 1)
 
 alphabets = st.sampled_from(

@@ -111,7 +111,7 @@ PAIRS = [
 ]
 
 
-def compare(y, settings, zero):
+def compare(y, options, zero):
     """Every score of PAIRS; a warning where the reference, asked to, warns."""
     for ours, theirs, more in PAIRS:
         chosen = {} if zero is None else {"zero_division": zero}
@@ -119,8 +119,8 @@ def compare(y, settings, zero):
         if ours is jaccard and isinstance(zero, float) and math.isnan(zero):
             continue  # scikit-learn's jaccard_score takes no nan
         same(
-            lambda o=ours, m=more, c=chosen: o(*y, **settings, **m, **c),
-            lambda t=theirs, m=more, a=asked: t(*y, **settings, **m, **a),
+            lambda o=ours, m=more, c=chosen: o(*y, **options, **m, **c),
+            lambda t=theirs, m=more, a=asked: t(*y, **options, **m, **a),
             silent=more.get("beta") in (0, math.inf),  # of which scikit-learn forgets to warn
         )
 

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("sklearn")
 
 import sklearn.metrics
-from hypothesis import given, settings
+from cases import CASES, cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.metrics import (
@@ -36,7 +37,7 @@ def ours(y_true, y_pred, groups):
         return [metric(y_true, y_pred, groups) for metric in metrics]
 
 
-@settings(max_examples=1000)
+@CASES
 @given(rows)
 def test_rates_follow_from_scikit_learns_matrix_of_each_group(some):
     y_true, y_pred, groups = map(np.array, zip(*some, strict=True))
@@ -66,7 +67,7 @@ def test_rates_follow_from_scikit_learns_matrix_of_each_group(some):
     assert worst == pytest.approx(min(scores["accuracy"]), rel=0, abs=1e-12)
 
 
-@settings(max_examples=50)  # its frames take a tenth of a second each
+@cases(50)  # its frames take a tenth of a second each
 @given(rows.filter(lambda some: len(some) > 1))  # of one row fairlearn takes the group for a scalar
 def test_differences_are_those_of_fairlearn(some):
     fairlearn = pytest.importorskip("fairlearn.metrics")

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from hypothesis import given, settings
+from cases import CASES, cases
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import config_context
 from sklearn.calibration import calibration_curve
@@ -56,7 +57,7 @@ def of_two(draw):
     return names, [names[byte % 2] for byte in draw_bytes(draw, n)], p
 
 
-@settings(max_examples=1000)
+@CASES
 @given(of_two(), st.booleans(), st.sampled_from([True, False, "auto"]), st.integers(1, 20), st.booleans())
 def test_two_classes(case, named, half, bins, column):
     names, y, p = case
@@ -104,7 +105,7 @@ def of_classes(draw):
     return [kind(c) for c in y.tolist()], p, None if labels is None else [kind(c) for c in labels]
 
 
-@settings(max_examples=500)
+@cases(500)
 @given(of_classes(), st.sampled_from([True, False, "auto"]))
 def test_several_classes(case, half):
     y, p, labels = case

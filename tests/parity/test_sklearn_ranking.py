@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from hypothesis import given, settings
+from cases import CASES, cases
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import config_context
 from sklearn import metrics as theirs
@@ -69,7 +70,7 @@ def of_two(draw):
     return names, [names[byte % 2] for byte in draw_bytes(draw, n)], draw_scores(draw, n)
 
 
-@settings(max_examples=1000)
+@CASES
 @given(of_two(), st.sampled_from([np.float64, np.float32, np.int64]), st.booleans(), st.integers(1, 2))
 def test_two_classes(case, dtype, drop, k):
     names, y, s = case
@@ -106,7 +107,7 @@ def of_classes(draw):
     return [kind(c) for c in y.tolist()], s, None if labels is None else [kind(c) for c in labels]
 
 
-@settings(max_examples=600)
+@cases(600)
 @given(of_classes(), st.sampled_from(WAYS), st.sampled_from(AVERAGES), st.integers(1, 4))
 def test_several_classes(case, way, average, k):
     y, s, labels = case
@@ -128,7 +129,7 @@ def many_labels(draw):
     return draw_bytes(draw, n, k) % 2, draw_scores(draw, n, k)
 
 
-@settings(max_examples=500)
+@cases(500)
 @given(many_labels(), st.sampled_from(AVERAGES))
 def test_several_labels_a_row(case, average):
     check("roc_auc", "roc_auc_score", *case, average=average)

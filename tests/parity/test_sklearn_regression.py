@@ -15,7 +15,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 import sklearn.metrics
-from hypothesis import example, given, settings
+from cases import CASES, cases
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -60,7 +61,7 @@ def score(metric, y, p):
             return ValueError, []
 
 
-@settings(max_examples=1000)
+@CASES
 @given(columns(), sizes)
 @example([np.array([1.0]), np.array([2.0])], 1.0)
 @example([np.array([0.0, 1.0]), np.array([1.0, 0.0])], 1.0)
@@ -82,7 +83,7 @@ def test_scores_are_those_of_the_references(two, size):
         assert all(category is MetricWarning for category in said) and len(said) <= 1
 
 
-@settings(max_examples=300)
+@cases(300)
 @given(st.lists(st.tuples(*(2 * [st.integers(-3, 3)])), min_size=2, max_size=8), st.sampled_from([-1, 1]))
 def test_pearson_holds_where_squares_would_not(rows, sign):
     """scipy divides by the largest value before it squares; every square here would be 0 or infinite."""
