@@ -105,7 +105,7 @@ def evaluate(model: LanguageModel, tokenizer: Tokenizer, rows: list[dict], confi
         )
         for j, ids in zip(batch, new, strict=True):
             answers[j] = tokenizer.decode(ids).strip()
-    scores = rouge(answers, [row["completion"] for row in rows])
+    scores = rouge(answers, [row["completion"] for row in rows], variants=("rouge1", "rouge2", "rougeL"))
     return {
         "answers": answers,
         "scores": {

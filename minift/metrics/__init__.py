@@ -15,6 +15,7 @@ from minift.metrics.curves import precision_recall_curve, roc_curve
 from minift.metrics.diversity import distinct_n, self_bleu
 from minift.metrics.edit_distance import character_error_rate, edit_distance, word_error_rate
 from minift.metrics.entities import entity_f1, entity_precision, entity_recall, entity_report
+from minift.metrics.extraction import final_number
 from minift.metrics.fairness import (
     demographic_parity_difference,
     equalized_odds_difference,
@@ -67,4 +68,5 @@ __all__ = [metric.__name__ for metrics in FAMILIES.values() for metric in metric
     "FAMILIES",
     "MetricWarning",
     "State",
+    "final_number",
 ]
