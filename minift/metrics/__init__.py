@@ -53,12 +53,7 @@ FAMILIES = {
     "agreement": (cohen_kappa, fleiss_kappa, krippendorff_alpha),
     "preferences": (aggregate_ratings, win_rate, bradley_terry),
     "sampling": (pass_at_k, maj_at_k),
-    "fairness": (
-        group_rates,
-        demographic_parity_difference,
-        equalized_odds_difference,
-        worst_group_accuracy,
-    ),
+    "fairness": (group_rates, demographic_parity_difference, equalized_odds_difference, worst_group_accuracy),
     "uncertainty": (
         *(wilson, paired_difference, mcnemar),
         *(bootstrap, paired_bootstrap, approximate_randomization, compare),

@@ -117,7 +117,7 @@ def table_counts(table) -> Totals:
             f"table has shape {array.shape} and holds {array.dtype}; give counts, (subjects, categories), "
             "with at least one subject and two categories"
         )
-    wrong = ~((array >= 0) & (array == np.floor(array)) & (array < 1 << 26))
+    wrong = ~((array >= 0) & (array == np.floor(array)) & (array < 1 << 20))
     if wrong.any():
         at = tuple(map(int, np.argwhere(wrong)[0]))
         raise ValueError(f"table{list(at)} is {array[at]}; give counts, whole numbers of at least 0")
@@ -153,7 +153,7 @@ def krippendorff_alpha(ratings, level: str = "nominal") -> float:
     0.775
     """
     choice(level, ("nominal", "ordinal", "interval", "ratio"), "level")
-    pairs = coincidences(ratings)
+    (pairs,) = coincidences(ratings)
     if not pairs:
         raise ValueError("no unit has two ratings; give at least one unit that two coders rated")
     values = sorted({v for _, *pair in pairs for v in pair})
@@ -199,9 +199,9 @@ def _expected_ratio(x: np.ndarray, n_c: np.ndarray) -> float:
     )
 
 
-def coincidences(ratings) -> Counter:
+def coincidences(ratings) -> Totals:
     """(ratings in the unit, one of them, another, not smaller) -> pairs of ratings."""
-    if isinstance(ratings, Counter):
+    if isinstance(ratings, Totals):
         return ratings
     units, values = _known(ratings)
     order = np.argsort(units, kind="stable")
@@ -216,7 +216,7 @@ def coincidences(ratings) -> Counter:
         for at, count in zip(*(x.tolist() for x in np.unique(cell, return_counts=True)), strict=True):
             rest, high = divmod(at, len(kinds))
             pairs[rest // len(kinds), kinds[rest % len(kinds)], kinds[high]] += count
-    return pairs
+    return Totals(pairs)
 
 
 def _known(ratings) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +224,8 @@ def _known(ratings) -> tuple[np.ndarray, np.ndarray]:
     array = ratings if isinstance(ratings, np.ndarray) else np.array(ratings, dtype=object)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"ratings has shape {array.shape}; give (coders, units) with at least one of each")
+    if array.dtype.kind == "U" and np.isin(array, ("nan", "None")).any():
+        raise ValueError("numpy made strings of missing ratings; give lists, or an array of dtype object")
     if array.dtype.kind in "biuf":
         there = array == array  # False where nan
         wrong = np.flatnonzero(np.isinf(array[there]))[:1]

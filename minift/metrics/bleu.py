@@ -23,9 +23,9 @@ from math import exp, isfinite, log
 
 import numpy as np
 
-from minift.metrics.checks import choice, text_rows, warn
+from minift.metrics.checks import choice, flag, text_rows, warn, whole
 from minift.metrics.ngrams import blocks, clipped, numbered, several
-from minift.metrics.signature import case, signature, yes
+from minift.metrics.signature import Result, case, signature, yes
 from minift.metrics.tokenizers import TOKENIZERS
 from minift.metrics.totals import Totals
 
@@ -35,7 +35,7 @@ TOKENIZED = 100  # hypotheses that end in " ." look like tokens, not text
 
 
 @dataclass(frozen=True)
-class Bleu:
+class Bleu(Result):
     """A score of 0 to 100, the numbers behind it, and how it was computed."""
 
     score: float
@@ -46,9 +46,6 @@ class Bleu:
     counts: list
     totals: list
     signature: str
-
-    def __float__(self) -> float:
-        return self.score
 
     def __str__(self) -> str:
         precisions = "/".join(f"{p:.1f}" for p in self.precisions)
@@ -110,21 +107,21 @@ def sentence_bleu(
     smooth_method: str = "exp",
     smooth_value: float | None = None,
     lowercase: bool = False,
-    effective_order: bool = False,
+    effective_order: bool = True,
     max_ngram_order: int = 4,
 ) -> Bleu:
     """BLEU of one sentence.
 
     BLEU = 100 bp exp(mean over n = 1 to max_ngram_order of log p_n), as `bleu` of a single row
 
-    `references` is a string or a list of strings. Without `effective_order` it warns, since a sentence of
-    fewer words than max_ngram_order then scores 0 even where it is right.
+    `references` is a string or a list of strings. Without `effective_order`, which sacrebleu's
+    sentence_bleu has too, it warns, since a sentence of fewer words than max_ngram_order then scores 0.
     Range: 0 to 100, higher is better.
-    Use: to find a system's worst sentences, with effective_order=True.
+    Use: to find a system's worst sentences.
     Lies: smoothing decides a large part of it, and its mean over sentences is not `bleu`.
     Source: Chen and Cherry 2014; sacrebleu 2.6.0's sentence_score.
 
-    >>> round(sentence_bleu("the cat", "the cat sat", effective_order=True).score, 2)
+    >>> round(sentence_bleu("the cat", "the cat sat").score, 2)
     60.65
     """
     if not effective_order:
@@ -172,8 +169,8 @@ def _count(rows: list[list[list[str]]], order: int) -> tuple[np.ndarray, np.ndar
 def tokenizer(tokenize: str, lowercase: bool, max_ngram_order: int):
     """The function from a text to its tokens."""
     choice(tokenize, TOKENIZERS, "tokenize")
-    if not isinstance(max_ngram_order, int) or max_ngram_order < 1:
-        raise ValueError(f"max_ngram_order {max_ngram_order!r} must be a whole number of at least 1")
+    whole(max_ngram_order, "max_ngram_order")
+    flag(lowercase, "lowercase")
     cut = TOKENIZERS[tokenize]
     return lambda text: cut((text.lower() if lowercase else text).rstrip())
 

@@ -1,4 +1,4 @@
-"""Whether of all things said with 70 %, 70 % are so: the reliability curve and its distance from that.
+"""Whether of all that is said with 70 %, 70 % happens: the reliability curve and its distance from that.
 
 Rows are put into `bins` bins of equal width by their confidence, (0, 1/bins], (1/bins, 2/bins] and so on,
 the first one with 0. Where y_prob is a vector, the confidence is the probability of the positive one of two
@@ -12,6 +12,7 @@ scikit-learn's calibration_curve has them.
 import numpy as np
 
 from minift.metrics import exact
+from minift.metrics.checks import whole
 from minift.metrics.columns import happened, probable
 from minift.metrics.totals import Rows, Totals
 
@@ -60,8 +61,7 @@ def reliability_curve(y_true, y_prob, bins: int = 10, pos_label=None, labels=Non
 
 def binned(y_true, y_prob, bins: int = 10, pos_label=None, labels=None) -> Rows | Totals:
     """The statistics of calibration: the rows, or with `labels` each bin's sum, right rows and rows."""
-    if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 1:
-        raise ValueError(f"bins {bins!r} must be a whole number from 1")
+    whole(bins, "bins")
     if isinstance(y_true, Totals):
         return y_true
     rows = probable(y_true, y_prob)

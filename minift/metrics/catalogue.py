@@ -19,9 +19,11 @@ def listing() -> str:
 
 
 def explain(name: str) -> str:
-    """The metric's signature and docstring: formula, range, when to use it, when it lies, an example."""
+    """The metric's signature and docstring, and that of its file, where what its family shares is said."""
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.4)
+        near = [known for known in METRICS if name.lower() in known]
+        near = near or difflib.get_close_matches(name.lower(), METRICS, n=3, cutoff=0.4)
         raise ValueError(f"unknown metric {name!r}; nearest: {near}; `minift metrics list` prints all")
     metric = METRICS[name]
-    return f"{name}{inspect.signature(metric)}\n\n{inspect.getdoc(metric)}"
+    around = inspect.getdoc(inspect.getmodule(metric))
+    return f"{name}{inspect.signature(metric)}\n\n{inspect.getdoc(metric)}\n\nIts file:\n\n{around}"

@@ -1,8 +1,14 @@
 """What every metric asks of its input; a failure is a ValueError that names value, row and the fix."""
 
+import sys
 import warnings
+from collections.abc import Mapping, Set
+from pathlib import Path
 
 import numpy as np
+
+HERE = str(Path(__file__).parents[1])
+WHOLE = 1 << 53  # doubles count without gaps up to here
 
 
 class MetricWarning(UserWarning):
@@ -10,17 +16,39 @@ class MetricWarning(UserWarning):
 
 
 def warn(sentence: str) -> None:
-    warnings.warn(sentence, MetricWarning, stacklevel=4)
+    """A MetricWarning at the line that called into minift, so that each such line is heard."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(HERE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, MetricWarning, stacklevel=level)
 
 
 def vector(values, name: str) -> np.ndarray:
     """One entry for each row, at least one row."""
-    array = np.asarray(values)
+    array = array_of(values, name)
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; give one value for each row")
     if not len(array):
         raise ValueError(f"{name} is empty; give at least one row")
     return array
+
+
+def array_of(values, name: str) -> np.ndarray:
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array; give the rows that are not masked")
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(
+            f"{name} has rows of different lengths; give one value, or one list of equal length, a row"
+        ) from None
+
+
+def listed(values, name: str) -> list:
+    """A list of what has an entry for each row: no string, no mapping, no set."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or not np.iterable(values):
+        raise ValueError(f"{name} is {values!r:.60}; give a list with an entry for each row")
+    return list(values)
 
 
 def numbers(values, name: str) -> np.ndarray:
@@ -32,6 +60,10 @@ def finite(array: np.ndarray, name: str) -> np.ndarray:
     """float64 of any shape without NaN or infinity."""
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} holds {array.dtype}; give numbers")
+    if array.dtype.kind in "iu" and array.size and max(int(array.max()), -int(array.min())) > WHOLE:
+        raise ValueError(
+            f"{name} has integers beyond 2^53, which doubles cannot tell apart; give smaller ones"
+        )
     array = array.astype(np.float64, copy=False)
     with np.errstate(all="ignore"):  # the sum of finite numbers may overflow
         whole = array.sum()
@@ -43,7 +75,7 @@ def finite(array: np.ndarray, name: str) -> np.ndarray:
 
 def scores(values, name: str) -> np.ndarray:
     """Finite numbers of their own dtype, one for each row or (rows, columns)."""
-    array = np.asarray(values)
+    array = array_of(values, name)
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(f"{name} has shape {array.shape}; give (rows,) or (rows, columns), at least one row")
     if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
@@ -73,11 +105,16 @@ def labels(values, name: str) -> np.ndarray:
             if not isinstance(value, str):
                 raise ValueError(f"{name}[{row}] is {value!r} among strings; give labels of one kind")
     if array.dtype.kind == "f":
-        if not (whole := array == np.floor(array)).all() or np.isinf(array).any():
-            row = int(np.argmin(whole & np.isfinite(array)))
+        if not (good := (array == np.floor(array)) & (np.abs(array) < WHOLE)).all():
+            row = int(np.argmin(good))
             raise ValueError(
-                f"{name}[{row}] is {array[row]}, which is no label; give whole numbers or strings"
+                f"{name}[{row}] is {array[row]}, which is no label; give integers, strings, or whole "
+                "floats below 2^53"
             )
+    elif array.dtype.kind == "u":
+        if int(array.max()) > np.iinfo(np.int64).max:
+            raise ValueError(f"{name} has a label of {array.max()}; give labels below 2^63")
+        array = array.astype(np.int64)
     elif array.dtype.kind == "O" and all(isinstance(value, str) for value in array):
         array = array.astype(str)
     elif array.dtype.kind not in "biuU":
@@ -98,14 +135,28 @@ def label_rows(y_true, y_pred) -> tuple[np.ndarray, np.ndarray]:
     same_rows(y_true, y_pred, ("y_true", "y_pred"))
     if (y_true.dtype.kind == "U") != (y_pred.dtype.kind == "U"):
         raise ValueError(
-            f"y_true holds {y_true.dtype}, as {y_true[0]!r}, and y_pred {y_pred.dtype}, as {y_pred[0]!r}; "
-            "give labels of one kind"
+            f"y_true holds {y_true.dtype}, as {y_true[0].item()!r}, and y_pred {y_pred.dtype}, as "
+            f"{y_pred[0].item()!r}; give labels of one kind"
         )
+    kinds = {y_true.dtype.kind, y_pred.dtype.kind}
+    if kinds == {"i", "f"}:  # numpy makes them all floats
+        for name, side in (("y_true", y_true), ("y_pred", y_pred)):
+            finite(side, name)
     return y_true, y_pred
 
 
+def whole(value, name: str, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}")
+
+
+def flag(value, name: str) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}; give True or False")
+
+
 def choice(value, allowed, name: str) -> None:
-    if value not in allowed:
+    if not isinstance(value, (str, bool, type(None))) or value not in allowed:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
@@ -149,4 +200,9 @@ def text_rows(hypotheses, references, name: str = "hypotheses") -> tuple[list[st
         if not own or not all(isinstance(text, str) for text in own):
             raise ValueError(f"references[{row}] is {references[row]!r}; give a string, or a list of strings")
         rows.append(own)
+    if len(rows) > 1 and all(not isinstance(r, str) and len(r) == len(rows) for r in references):
+        warn(
+            f"each of {len(rows)} rows has {len(rows)} references; if these are sacrebleu's streams, give "
+            "list(zip(*references))"
+        )
     return hypotheses, rows

@@ -21,9 +21,9 @@ from string import punctuation
 
 import numpy as np
 
-from minift.metrics.checks import text_rows
+from minift.metrics.checks import text_rows, whole
 from minift.metrics.ngrams import blocks, clipped, numbered, several
-from minift.metrics.signature import case, signature, yes
+from minift.metrics.signature import Result, case, signature, yes
 from minift.metrics.totals import Totals
 
 EPS = 1e-16
@@ -32,7 +32,7 @@ PUNCTUATION = frozenset(punctuation)
 
 
 @dataclass(frozen=True)
-class Chrf:
+class Chrf(Result):
     """A score of 0 to 100, and how it was computed."""
 
     score: float
@@ -40,9 +40,6 @@ class Chrf:
     word_order: int
     beta: float
     signature: str
-
-    def __float__(self) -> float:
-        return self.score
 
     def __str__(self) -> str:
         return f"chrF{self.beta}{'+' * self.word_order} = {self.score:.2f}"
@@ -132,8 +129,7 @@ def chrf_counts(
     if isinstance(hypotheses, Totals):
         return hypotheses
     for name, order in (("char_order", char_order), ("word_order", word_order)):
-        if not isinstance(order, int) or order < 0:
-            raise ValueError(f"{name} {order!r} must be a whole number of at least 0")
+        whole(order, name, 0)
     if not char_order + word_order:
         raise ValueError("char_order and word_order are both 0; give one of them n-grams to count")
     if not (isinstance(beta, (int, float)) and beta >= 0 and isfinite(beta)):

@@ -8,9 +8,10 @@
              "samples"  the mean over rows, each scored over its labels (matrices of 0 and 1 only)
              None       the score of each label
 
-`labels` chooses the labels that take part, and their order; by default those that occur, sorted. A score
-without a denominator is `zero_division`: 0 with a warning where it is not given, else that value without
-one; nan leaves the label out of the mean.
+The mean is "macro" where nothing is said (scikit-learn's default is "binary"). `pos_label` belongs to
+"binary" alone; with another average it is ignored, with a warning. `labels` chooses the labels that take
+part, and their order; by default those that occur, sorted. A score without a denominator is `zero_division`:
+0 with a warning where it is not given, else that value without one; nan leaves the label out of the mean.
 Source: Sokolova and Lapalme 2009, table 3; names, arguments and conventions of scikit-learn.
 """
 
@@ -68,7 +69,7 @@ def specificity(y_true, y_pred, average="macro", labels=None, zero_division: flo
     specificity = (n - true - predicted + right) / (n - true)
 
     Range: 0 to 1, higher is better.
-    Use: beside `recall`, where the negatives are the people left alone.
+    Use: beside `recall`, where false alarms burden the negatives.
     Lies: with many classes every label is rare, and it is near 1 whatever is predicted.
     Source: Yerushalmy 1947; Sokolova and Lapalme 2009, table 2.
 
@@ -108,8 +109,9 @@ def fbeta(y_true, y_pred, beta: float, average="macro", labels=None, zero_divisi
     >>> round(fbeta([1, 1, 0, 0], [1, 0, 0, 0], beta=2, average="binary"), 4)
     0.5556
     """
-    if not beta >= 0:
-        raise ValueError(f"beta {beta!r} must be at least 0")
+    if not (0 <= beta < 1e100 or beta == float("inf")):
+        raise ValueError(f"beta {beta!r} must be from 0 to 1e100, or infinite")
+    beta = float(beta)
     if beta == float("inf"):
         return _score(y_true, y_pred, _recall, "F", average, labels, zero_division, pos_label)
 
@@ -179,6 +181,8 @@ def _score(y_true, y_pred, parts, name: str, average, labels, zero_division, pos
     c = confusion(y_true, y_pred)
     if average == "binary":
         labels = _binary(c, pos_label)
+    elif pos_label not in (None, 1):
+        warn(f"pos_label {pos_label!r} is for average='binary' and is ignored with {average!r}")
     counts = _chosen(c, labels)
     if average == "samples":
         return _samples(c, parts, name, labels, zero_division)
@@ -248,7 +252,9 @@ def _mean(scores: np.ndarray, weights) -> float:
 
 def _samples(c, parts, name: str, labels, zero_division: float) -> float:
     if not isinstance(c, LabelCounts) or labels is not None:
-        raise ValueError("average='samples' needs matrices (rows, labels) of 0 and 1, and all their labels")
+        raise ValueError(
+            "average='samples' needs matrices (rows, labels) of 0 and 1; give the columns of the labels meant"
+        )
     triples, count = c.each_row()
     scores = _divide(*parts(*triples.T, len(c.labels)), zero_division, name, "kinds of rows")
     return _mean(scores, count)

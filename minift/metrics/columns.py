@@ -6,8 +6,8 @@ vector of scores is of one class of two, the positive one; the other is what is 
 
 import numpy as np
 
+from minift.metrics.checks import array_of, probabilities, same_rows, scores
 from minift.metrics.checks import labels as label_vector
-from minift.metrics.checks import probabilities, same_rows, scores
 from minift.metrics.multilabel import indicators
 from minift.metrics.totals import Rows
 
@@ -20,7 +20,7 @@ def scored(y_true, y_score, name: str = "y_score") -> Rows:
     if isinstance(y_true, Rows):
         return y_true
     score = scores(y_score, name)
-    many = np.ndim(y_true) == 2
+    many = array_of(y_true, "y_true").ndim == 2
     truth = indicators(y_true, "y_true") if many else label_vector(y_true, "y_true")
     same_rows(truth, score, ("y_true", name))
     if many and truth.shape != score.shape:
@@ -73,13 +73,22 @@ def classes(truth: np.ndarray, columns: int, labels=None) -> np.ndarray:
 
 
 def positives(truth: np.ndarray, pos_label) -> np.ndarray:
-    """Whether each row has the label `pos_label`, where there are at most two labels; bool (rows,)."""
+    """Whether each row has the label `pos_label`, where there are at most two labels; bool (rows,).
+
+    None is 1 where the labels are 0 and 1, or -1 and 1, and else an error.
+    """
     found = np.unique(truth)
     if len(found) > 2:
         raise ValueError(
             f"y_true has {len(found)} labels, {found[:10].tolist()}, and this score is of two; score one "
             "against the rest with y_true == label"
         )
+    if pos_label is None:
+        if not any(set(found.tolist()) <= plain for plain in ({0, 1}, {-1, 1})):
+            raise ValueError(
+                f"y_true has the labels {found.tolist()}; name the positive one with `pos_label`"
+            )
+        pos_label = 1
     kind = np.asarray(pos_label).dtype.kind
     known = kind == "U" if found.dtype.kind == "U" else kind in "biuf"
     if not known or (len(found) == 2 and pos_label not in found.tolist()):

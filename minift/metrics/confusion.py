@@ -12,7 +12,7 @@ from math import sqrt
 
 import numpy as np
 
-from minift.metrics.checks import choice, label_rows, warn
+from minift.metrics.checks import array_of, choice, label_rows, warn
 from minift.metrics.multilabel import LabelCounts, label_counts
 from minift.metrics.totals import joined
 
@@ -64,7 +64,7 @@ def confusion(y_true, y_pred) -> Confusion | LabelCounts:
     """
     if isinstance(y_true, (Confusion, LabelCounts)):
         return y_true
-    if np.ndim(y_true) == 2:
+    if array_of(y_true, "y_true").ndim == 2:
         return label_counts(y_true, y_pred)
     y_true, y_pred = label_rows(y_true, y_pred)
     if y_true.dtype.kind in "bi" and y_pred.dtype.kind in "bi":
@@ -188,7 +188,7 @@ def accuracy(y_true, y_pred) -> float:
     >>> accuracy([1] + 99 * [0], 100 * [0])
     0.99
     """
-    if isinstance(y_true, Confusion) or np.ndim(y_true) != 1:
+    if isinstance(y_true, (Confusion, LabelCounts)) or array_of(y_true, "y_true").ndim == 2:
         return confusion(y_true, y_pred).share_right
     y_true, y_pred = label_rows(y_true, y_pred)  # the same share, without counting what the others are
     return int(np.count_nonzero(y_true == y_pred)) / len(y_true)

@@ -12,14 +12,15 @@ from minift.metrics.checks import warn
 from minift.metrics.columns import one_score, positives, scored
 
 
-def roc_curve(y_true, y_score, pos_label=1, drop_intermediate: bool = True):
+def roc_curve(y_true, y_score, pos_label=None, drop_intermediate: bool = True):
     """The false and the true positive rate of each threshold on the score.
 
     FPR(t) = FP(t) / negative rows,   TPR(t) = TP(t) / positive rows
 
     Returns (FPR, TPR, thresholds) with thresholds from infinity down, so that both rates rise from 0 to 1.
     `drop_intermediate` leaves out points on a straight line between their neighbours, where both steps are
-    alike. A rate without rows is nan, with a warning.
+    alike. A rate without rows is nan, with a warning. `pos_label` may be
+    left out where it is 1 beside 0 or -1.
     Range: 0 to 1; the diagonal is chance, the upper left corner is best.
     Use: to choose a threshold, and to see what `roc_auc` sums up.
     Lies: with few positives, a false positive rate of 0.01 may be ten false alarms for each hit; see
@@ -43,14 +44,14 @@ def roc_curve(y_true, y_score, pos_label=1, drop_intermediate: bool = True):
     return *rates, np.concatenate(([np.inf], thresholds))
 
 
-def precision_recall_curve(y_true, y_score, pos_label=1, drop_intermediate: bool = False):
+def precision_recall_curve(y_true, y_score, pos_label=None, drop_intermediate: bool = False):
     """Precision and recall of each threshold on the score.
 
     P(t) = TP(t) / (TP(t) + FP(t)),   R(t) = TP(t) / positive rows
 
     Returns (P, R, thresholds) with thresholds from the lowest up, and at the end P = 1 and R = 0, which have
     no threshold. `drop_intermediate` leaves out points between others of the same recall. Without positive
-    rows recall is 1, with a warning.
+    rows recall is 1, with a warning. `pos_label` as in `roc_curve`.
     Range: 0 to 1; the upper right corner is best, chance is a precision of the share of positive rows.
     Use: to choose a threshold where positives are rare.
     Lies: curves of data with other shares of positives do not compare; straight lines between its points

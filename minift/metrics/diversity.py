@@ -16,9 +16,10 @@ import numpy as np
 
 from minift.metrics.bleu import score_of, smoothing, tokenizer
 from minift.metrics.checks import texts as checked_texts
-from minift.metrics.checks import warn
+from minift.metrics.checks import warn, whole
 from minift.metrics.exact import mean, total
 from minift.metrics.ngrams import ngrams, numbered, several, starts, tally
+from minift.metrics.totals import Totals
 
 
 def distinct_n(texts, n: int = 2) -> float:
@@ -36,24 +37,23 @@ def distinct_n(texts, n: int = 2) -> float:
     >>> distinct_n(["the cat sat", "the cat ran"], n=2)
     0.75
     """
-    counts = distinct_counts(texts, n)
+    (counts,) = distinct_counts(texts, n)
     if not counts:
         warn(f"no text has {n} words, and distinct_n is taken as 0")
         return 0.0
     return len(counts) / counts.total()
 
 
-def distinct_counts(texts, n: int = 2) -> Counter:
+def distinct_counts(texts, n: int = 2) -> Totals:
     """How often each n-gram of words occurs in all texts."""
-    if isinstance(texts, Counter):
+    if isinstance(texts, Totals):
         return texts
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n {n!r} must be a whole number of at least 1")
+    whole(n, "n")
     counts = Counter()
     for text in checked_texts(texts, "texts"):
         words = text.split()
         counts.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return counts
+    return Totals(counts)
 
 
 def self_bleu(

@@ -7,7 +7,7 @@ but O is part of an entity, whatever the letters before it, as in the script of 
 S start one, E and S end one, and so does another type. With a scheme only what is spelled as it says counts:
 
     IOB1   I I      B only where an entity of the same type stands right before
-    IOB2   B I I    one tag: B
+    IOB2   B I I    one tag: B; also named BIO
     IOE2   I I E    one tag: E
     IOBES  B I E    one tag: S
     BILOU  B I L    one tag: U
@@ -36,6 +36,8 @@ SPELLINGS = {
     "BILOU": r".U|.B(\+I)*\+L",
 }
 LETTERS = {None: "BIES", "IOB1": "BI", "IOB2": "BI", "IOE2": "IE", "IOBES": "BIES", "BILOU": "BILU"}
+for _table in (SPELLINGS, LETTERS):
+    _table["BIO"] = _table["IOB2"]  # its other name
 AVERAGES = ("micro", "macro", "weighted", None)
 
 

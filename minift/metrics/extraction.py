@@ -6,7 +6,7 @@ Two rules, and a score that rests on one names it:
     "last"    the last number of the text, wherever it stands
 
 Thousands' commas, currencies, a plus and zeros that say nothing go: "$1,250.50" is "1250.5". A fraction of
-integers stays one, in lowest terms; numbers in words or with exponents are not read as such.
+integers stays one, in lowest terms. Numbers in words are not read, and of "1e5" or "1.000.000" no part is.
 Source: Cobbe et al. 2021, "Training verifiers to solve math word problems", for "####" and "A:".
 """
 
@@ -15,10 +15,11 @@ from math import gcd
 
 from minift.metrics.checks import choice
 
-MARK = re.compile(r"####|\bA:|\banswer(?: is|:)", re.IGNORECASE)
+MARK = re.compile(r"####|\bA:|\b(?i:answer(?: is|:))")
+AFTER = re.compile(r"[.,/]?[0-9]|[eE][-+]?[0-9]|\^|_[0-9]")  # what makes a number a part of something else
 NUMBER = re.compile(
     r"((?<![\w.,])[-\u2212])?[$€£]?((?<![\w.,])[-\u2212])?"  # a sign, unless it subtracts: 5-3
-    r"(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(\.[0-9]+)?(?:/([0-9]{1,18}))?"
+    r"(?<![0-9])(?<![0-9][eE^_.,/])(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(\.[0-9]+)?(?:/([0-9]{1,18}))?"
 )
 
 
@@ -42,7 +43,9 @@ def final_number(text: str, rule: str = "marked") -> str | None:
         found = None
         for found in NUMBER.finditer(text):  # noqa: B007
             pass
-    return None if found is None else _one_form(*found.groups())
+    if found is None or AFTER.match(found.string, found.end()):
+        return None
+    return _one_form(*found.groups())
 
 
 def _one_form(sign, late_sign, whole, part, under) -> str:

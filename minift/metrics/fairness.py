@@ -19,7 +19,7 @@ from minift.metrics.checks import label_rows, labels, same_rows, warn
 from minift.metrics.totals import Totals
 
 
-def group_rates(y_true, y_pred, groups=None, pos_label=1) -> dict:
+def group_rates(y_true, y_pred, groups, pos_label=1) -> dict:
     """Rows, accuracy, selection rate, true and false positive rate of each group, sorted by its name.
 
     selection rate = predicted positive / rows,   TPR = rightly predicted positive / positive,
@@ -48,7 +48,7 @@ def group_rates(y_true, y_pred, groups=None, pos_label=1) -> dict:
     return {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
-def demographic_parity_difference(y_true, y_pred, groups=None, pos_label=1) -> float:
+def demographic_parity_difference(y_true, y_pred, groups, pos_label=1) -> float:
     """The largest difference between two groups' selection rates; the truth does not enter.
 
     difference = max over groups of (predicted positive / rows) - min over groups
@@ -71,7 +71,7 @@ def demographic_parity_difference(y_true, y_pred, groups=None, pos_label=1) -> f
     return _gap(counts, _selection)
 
 
-def equalized_odds_difference(y_true, y_pred, groups=None, pos_label=1) -> float:
+def equalized_odds_difference(y_true, y_pred, groups, pos_label=1) -> float:
     """The largest difference between two groups' true positive rates, or their false positive rates.
 
     difference = max(max TPR - min TPR, max FPR - min FPR), over groups
@@ -94,7 +94,7 @@ def equalized_odds_difference(y_true, y_pred, groups=None, pos_label=1) -> float
     return max(gap for gap in gaps if not math.isnan(gap))
 
 
-def worst_group_accuracy(y_true, y_pred, groups=None) -> float:
+def worst_group_accuracy(y_true, y_pred, groups) -> float:
     """The accuracy of the group where it is lowest.
 
     accuracy = min over groups of right / rows
@@ -110,7 +110,7 @@ def worst_group_accuracy(y_true, y_pred, groups=None) -> float:
     return min(_rates(group_right(y_true, y_pred, groups), _accuracy))
 
 
-def group_right(y_true, y_pred, groups=None) -> Totals:
+def group_right(y_true, y_pred, groups) -> Totals:
     """rows, right: Counters of groups."""
     if isinstance(y_true, Totals):
         return y_true
@@ -118,7 +118,7 @@ def group_right(y_true, y_pred, groups=None) -> Totals:
     return Totals(*(_count(groups, rows) for rows in (np.full(len(groups), True), y_true == y_pred)))
 
 
-def group_counts(y_true, y_pred, groups=None, pos_label=1) -> Totals:
+def group_counts(y_true, y_pred, groups, pos_label=1) -> Totals:
     """rows, right, positive, selected, and rows that are both: Counters of groups."""
     if isinstance(y_true, Totals):
         return y_true
@@ -133,8 +133,6 @@ def group_counts(y_true, y_pred, groups=None, pos_label=1) -> Totals:
 
 
 def _three(y_true, y_pred, groups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if groups is None:
-        raise ValueError("groups is missing; give the group of each row")
     y_true, y_pred = label_rows(y_true, y_pred)
     groups = labels(groups, "groups")
     same_rows(y_true, groups, ("y_true", "groups"))

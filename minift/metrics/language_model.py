@@ -20,7 +20,7 @@ from minift.metrics.totals import Totals
 NEGATIVE = -0.01
 
 
-def cross_entropy(nats, tokens=None) -> float:
+def cross_entropy(nats, tokens) -> float:
     """The mean negative log-likelihood of a token, in nats.
 
     H = nats / tokens
@@ -38,8 +38,8 @@ def cross_entropy(nats, tokens=None) -> float:
     return _mean(nll(nats, tokens), "tokens")
 
 
-def perplexity(total, tokens=None, base: str = "nats") -> float:
-    """exp of the mean negative log-likelihood of a token: among how many words the model wavers.
+def perplexity(total, tokens, base: str = "nats") -> float:
+    """exp of the mean negative log-likelihood of a token: as if choosing evenly among that many tokens.
 
     PPL = exp(nats / tokens) = 2^(bits / tokens)
 
@@ -62,7 +62,7 @@ def perplexity(total, tokens=None, base: str = "nats") -> float:
         return math.inf
 
 
-def bits_per_byte(nats, bytes=None) -> float:
+def bits_per_byte(nats, bytes) -> float:
     """The mean negative log-likelihood of a byte of the text, in bits.
 
     BPB = nats / (bytes ln 2)
@@ -79,7 +79,7 @@ def bits_per_byte(nats, bytes=None) -> float:
     return _mean(nll(nats, bytes), "bytes") / math.log(2)
 
 
-def bits_per_character(nats, characters=None) -> float:
+def bits_per_character(nats, characters) -> float:
     """The mean negative log-likelihood of a character of the text, in bits.
 
     BPC = nats / (characters ln 2)
@@ -96,7 +96,7 @@ def bits_per_character(nats, characters=None) -> float:
     return _mean(nll(nats, characters), "characters") / math.log(2)
 
 
-def nll(total, count=None) -> Totals:
+def nll(total, count) -> Totals:
     """The exact sum of the finite totals, the sum of the others, and the sum of the counts."""
     if isinstance(total, Totals):
         return total
@@ -105,7 +105,7 @@ def nll(total, count=None) -> Totals:
         raise ValueError(f"total is {total!r}; give one sum, or a list with one for each batch")
     same_rows(totals, counts, ("the list of totals", "that of counts"))
     if counts.size and (counts.dtype.kind not in "iu" or (counts < 0).any()):
-        raise ValueError(f"count is {count!r}; give whole numbers of at least 0")
+        raise ValueError(f"count is {count!r}; give integers of at least 0")
     totals = totals.astype(np.float64)
     if (wrong := totals < NEGATIVE * counts).any():
         row = int(np.argmax(wrong))

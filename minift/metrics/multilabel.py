@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minift.metrics.checks import array_of
+
 
 @dataclass(frozen=True)
 class LabelCounts:
@@ -62,7 +64,9 @@ def label_counts(y_true, y_pred) -> LabelCounts:
 
 
 def indicators(values, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    array = array_of(values, name)
+    if array.ndim == 2 and array.shape[1] == 1:
+        raise ValueError(f"{name} has one column; give its vector, {name}[:, 0]")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} has shape {array.shape}; give (rows, labels) with at least one of each")
     if array.dtype.kind not in "biuf" or (wrong := (array != 0) & (array != 1)).any():

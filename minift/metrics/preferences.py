@@ -6,13 +6,14 @@ from math import log10
 import numpy as np
 
 from minift.metrics import exact
-from minift.metrics.checks import choice
+from minift.metrics.checks import choice, listed
 from minift.metrics.totals import Totals
 from minift.metrics.uncertainty import wilson
 
 OUTCOMES = {"win": (1, 0, 0), "tie": (0, 1, 0), "loss": (0, 0, 1)}  # wins, ties, losses
-LIMIT = 100_000  # rounds of the iteration for strengths
-DUE = 1e-12  # of a player's comparisons: how near the wins that strengths predict must come to the real ones
+LIMIT = 200  # rounds
+STRIDE = 4.0  # largest change of a logarithm in a round
+SETTLED = 1e-9  # change of a logarithm; the error after it is about its square
 
 
 def aggregate_ratings(ratings, scale: tuple[float, float] = (1, 5)) -> dict:
@@ -37,11 +38,9 @@ def aggregate_ratings(ratings, scale: tuple[float, float] = (1, 5)) -> dict:
     if not low < high:
         raise ValueError(f"scale {scale!r} must be (lowest, highest), the lowest below the highest")
     items, every = [], []
-    for row, given in enumerate(ratings):
-        if isinstance(given, (str, int, float)) or not np.iterable(given):
-            raise ValueError(f"ratings[{row}] is {given!r}; give for each item a list of its ratings")
+    for row, given in enumerate(listed(ratings, "ratings")):
         own = []
-        for place, rating in enumerate(given):
+        for place, rating in enumerate(listed(given, f"ratings[{row}]")):
             if rating is None:
                 continue
             number = isinstance(rating, (int, float, np.number)) and not isinstance(rating, bool)
@@ -96,16 +95,12 @@ def outcome_counts(outcomes) -> Totals:
     """Wins, ties and losses."""
     if isinstance(outcomes, Totals):
         return outcomes
-    counts = Counter(_outcome(outcome, f"outcomes[{row}]") for row, outcome in enumerate(_list(outcomes)))
+    counts = Counter(
+        _outcome(outcome, f"outcomes[{row}]") for row, outcome in enumerate(listed(outcomes, "outcomes"))
+    )
     if not counts:
         raise ValueError("outcomes is empty; give at least one comparison")
     return Totals(counts["win"], counts["tie"], counts["loss"])
-
-
-def _list(values):
-    if isinstance(values, str):
-        raise ValueError(f"outcomes is one string, {values[:40]!r}; give a list with one for each comparison")
-    return values
 
 
 def _outcome(value, name: str) -> str:
@@ -140,12 +135,12 @@ def bradley_terry(comparisons, names=None) -> dict:
     >>> bradley_terry(duels)["ann"]
     {'strength': 0.75, 'elo': 1095.4242509439325}
     """
-    halves = duel_counts(comparisons, names)
+    (halves,) = duel_counts(comparisons, names)
     names = sorted({name for pair in halves for name in pair})
     place = {name: i for i, name in enumerate(names)}
     wins = np.zeros((len(names), len(names)))
     for (winner, loser), count in halves.items():
-        wins[place[winner], place[loser]] = count / 2
+        wins[place[winner], place[loser]] = count / 2 if winner != loser else 0
     _all_connected(wins > 0, names)
     p = _strengths(wins)
     middle = float(np.log10(p).mean())
@@ -156,25 +151,24 @@ def bradley_terry(comparisons, names=None) -> dict:
     return dict(sorted(found.items(), key=lambda item: -item[1]["strength"]))
 
 
-def duel_counts(comparisons, names=None) -> Counter:
-    """(winner, loser) -> twice the wins, so that ties count 1 for each side."""
-    if isinstance(comparisons, Counter):
+def duel_counts(comparisons, names=None) -> Totals:
+    """(winner, loser) -> twice the wins, so that ties count 1 for each side; (name, name) took part."""
+    if isinstance(comparisons, Totals):
         return comparisons
     if names is not None:
-        return _from_matrix(comparisons, list(names))
+        return Totals(_from_matrix(comparisons, list(names)))
     halves = Counter()
-    for row, duel in enumerate(comparisons):
+    for row, duel in enumerate(listed(comparisons, "comparisons")):
         if isinstance(duel, str) or not np.iterable(duel) or len(duel) != 3:
             raise ValueError(f"comparisons[{row}] is {duel!r}; give (a, b, outcome for a)")
         a, b, outcome = duel
         if not isinstance(a, str) or not isinstance(b, str) or a == b:
             raise ValueError(f"comparisons[{row}] is between {a!r} and {b!r}; give two different names")
         won, tied, lost = OUTCOMES[_outcome(outcome, f"comparisons[{row}][2]")]
-        halves[a, b] += 2 * won + tied
-        halves[b, a] += 2 * lost + tied
+        halves.update({(a, b): 2 * won + tied, (b, a): 2 * lost + tied, (a, a): 1, (b, b): 1})
     if not halves:
         raise ValueError("comparisons is empty; give at least one")
-    return halves
+    return Totals(halves)
 
 
 def _from_matrix(wins, names: list) -> Counter:
@@ -184,15 +178,17 @@ def _from_matrix(wins, names: list) -> Counter:
             f"the matrix of wins has shape {wins.shape} for names {names}; give a line and a column for each "
             "of at least two different names"
         )
-    wrong = ~(np.isfinite(wins) & (wins >= 0)) | (np.eye(len(names), dtype=bool) & (wins != 0))
+    wrong = ~(np.isfinite(wins) & (wins >= 0) & (2 * wins % 1 == 0)) | (
+        np.eye(len(names), dtype=bool) & (wins != 0)
+    )
     if wrong.any():
         i, j = map(int, np.argwhere(wrong)[0])
         raise ValueError(
-            f"wins of {names[i]!r} over {names[j]!r} are {wins[i, j]}; give numbers of at least 0, and 0 on "
-            "the diagonal"
+            f"wins of {names[i]!r} over {names[j]!r} are {wins[i, j]}; give numbers of at least 0, with "
+            "halves for ties, and 0 on the diagonal"
         )
     pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
-    return Counter({(names[i], names[j]): 2 * float(wins[i, j]) for i, j in pairs})
+    return Counter({(names[i], names[j]): int(2 * wins[i, j]) for i, j in pairs} | {(n, n): 1 for n in names})
 
 
 def _all_connected(beat: np.ndarray, names: list[str]) -> None:
@@ -214,15 +210,26 @@ def _all_connected(beat: np.ndarray, names: list[str]) -> None:
 
 
 def _strengths(wins: np.ndarray) -> np.ndarray:
-    """The iteration; strengths that sum to 1."""
+    """Strengths that sum to 1, by Newton's method on their logarithms, in which the likelihood is concave."""
     met, won = wins + wins.T, wins.sum(axis=1)  # (players, players), (players,)
-    p = np.full(len(won), 1 / len(won))
+    x = np.zeros(len(won))
+
+    def likelihood(x):
+        return -(wins * np.logaddexp(0, x - x[:, None])).sum()
+
     for _ in range(LIMIT):
-        p = won / (met / (p[:, None] + p)).sum(axis=1)
-        p /= p.sum()
-        expected = (met * (p[:, None] / (p[:, None] + p))).sum(axis=1)
-        if (np.abs(expected - won) <= DUE * met.sum(axis=1)).all():
-            return p
+        beats = 1 / (1 + np.exp(x - x[:, None]))  # (players, players)
+        weight = met * beats * beats.T
+        # Only differences of x count: the ones keep its mean, and what is due sums to 0.
+        step = np.linalg.solve(np.diag(weight.sum(axis=1)) - weight + 1, won - (met * beats).sum(axis=1))
+        step *= min(1, STRIDE / np.abs(step).max(initial=STRIDE))
+        now = likelihood(x)
+        while likelihood(x + step) < now - abs(now) * 2**-40:
+            step /= 2
+        x = x + step
+        if np.abs(step).max() < SETTLED:
+            p = np.exp(x - x.max())
+            return p / p.sum()
     raise ValueError(
         f"the strengths have not settled after {LIMIT} rounds; some players hang on the others by a few wins "
         "among very many: compare them more, or rank them apart"

@@ -14,7 +14,7 @@ from minift.metrics.totals import Rows, Totals
 
 
 def log_loss(y_true, y_prob, labels=None) -> float:
-    """The mean of minus the logarithm of the probability that each row's class was given.
+    """The mean negative logarithm of the probability given to each row's true class.
 
     log_loss = -mean over rows of ln p(true class of the row)
 
@@ -43,7 +43,7 @@ def brier(y_true, y_prob, pos_label=None, labels=None, scale_by_half="auto") -> 
     (p - [positive])^2. Of a vector, `pos_label` is positive; by default 1 where the labels are 0 and 1, or -1
     and 1, else the greater number.
     Range: 0 to 1 where halved, else to 2; lower is better.
-    Use: as `log_loss`, where single rows shall not decide.
+    Use: as `log_loss`, where single rows should not dominate.
     Lies: with 1 % positives, predicting 0.01 always scores 0.0099; compare with that share's own score.
     Source: Brier 1950, "Verification of forecasts expressed in terms of probability"; scikit-learn's
     brier_score_loss.

@@ -17,7 +17,7 @@ from itertools import combinations
 
 import numpy as np
 
-from minift.metrics.checks import choice, warn
+from minift.metrics.checks import choice, warn, whole
 from minift.metrics.columns import classes, one_label, positives, scored, two_columns_are_refused
 from minift.metrics.curves import counts
 from minift.metrics.exact import mean, total
@@ -111,8 +111,7 @@ def top_k_accuracy(y_true, y_score, k: int = 2, labels=None) -> float:
     >>> top_k_accuracy([0, 1, 2, 2], [[0.5, 0.2, 0.2], [0.3, 0.4, 0.2], [0.2, 0.4, 0.3], [0.7, 0.2, 0.1]])
     0.75
     """
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k {k!r} must be a whole number from 1")
+    whole(k, "k")
     truth, score = one_label(scored(y_true, y_score))
     two_columns_are_refused(truth, score)
     found = classes(truth, 2 if score.ndim == 1 else score.shape[1], labels)

@@ -15,6 +15,8 @@ from minift.metrics import exact
 from minift.metrics.checks import numbers, same_rows, warn
 from minift.metrics.totals import Rows, Totals
 
+HALF = 128  # bits below the point of an integer root
+
 
 def mse(y_true, y_pred) -> float:
     """The mean squared error.
@@ -46,7 +48,9 @@ def rmse(y_true, y_pred) -> float:
     >>> round(rmse([3, -0.5, 2, 7], [2.5, 0.0, 2, 8]), 4)
     0.6124
     """
-    return math.sqrt(mse(y_true, y_pred))
+    n, _, _, yy, yp, pp = moments(y_true, y_pred)
+    root = math.isqrt(((yy - 2 * yp + pp) << 2 * HALF) // n)
+    return _ratio(root, 1 << HALF + exact.MOMENT, "rmse")
 
 
 def mae(y_true, y_pred) -> float:

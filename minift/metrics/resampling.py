@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from minift.metrics import exact
-from minift.metrics.checks import numbers, same_rows
+from minift.metrics.checks import numbers, same_rows, whole
 
 DRAWS = 1 << 22  # row numbers at a time
+ROUNDING = 2.0**-40  # of a score: a smaller difference of two is none
 
 
 def bootstrap(rows, metric=None, samples: int = 1000, seed: int = 0, level: float = 0.95):
-    """A score and the interval in which `level` of it lies when the rows are drawn anew: (score, low, high).
+    """A score and its percentile bootstrap interval: (score, low, high).
 
     s_b = metric(n rows drawn from the n with replacement), b = 1 .. samples
     low, high = the (1 - level) / 2 and (1 + level) / 2 quantiles of the s_b
@@ -25,6 +26,7 @@ def bootstrap(rows, metric=None, samples: int = 1000, seed: int = 0, level: floa
     infinite on a sample, is an error.
     Range: that of the metric.
     Use: metrics without a formula for their error: F1, BLEU, a median, a ratio.
+    A metric of texts is computed anew on each sample, words and all: 1,000 samples take minutes.
     Lies: with 20 rows it is too narrow; it cannot show values beyond the rows there are (a score of 1 gives
     1 to 1: use `wilson`); rows that belong together must be drawn together.
     Source: Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3; scipy.stats.bootstrap
@@ -46,7 +48,7 @@ def paired_bootstrap(a, b, metric=None, samples: int = 1000, seed: int = 0, leve
     p = (1 + number of b with |d_b| - mean |d_b| >= |d|) / (1 + samples)
 
     {"difference", "low", "high", "wins", "p"}; the rest as `bootstrap`.
-    Range: wins and p 0 to 1; wins is 0.5, and p 1, where the systems are one.
+    Range: wins and p 0 to 1; wins is 0.5, and p 1, where the systems are identical.
     Use: two systems' BLEU, ROUGE or F1 on one test set.
     Lies: it is about other rows from the same source, not about another source, seed or training run; and
     p rejects more often than it should on small test sets.
@@ -58,12 +60,14 @@ def paired_bootstrap(a, b, metric=None, samples: int = 1000, seed: int = 0, leve
     (0.5, 0.9955)
     """
     a, b = _two(a, b, metric)
-    d = _once(metric, a) - _once(metric, b)
     of_a, of_b = _drawn([a, b], metric, samples, seed)
-    drawn = of_a - of_b
+    rounding = ROUNDING * max(np.abs(of_a).max(), np.abs(of_b).max())
+    drawn = np.append(of_a - of_b, _once(metric, a) - _once(metric, b))
+    drawn[np.abs(drawn) <= rounding] = 0.0
+    drawn, d = drawn[:-1], float(drawn[-1])
     low, high = _quantiles(drawn, level)
     far = np.abs(drawn)
-    p = (1 + int((far - far.mean() >= abs(d)).sum())) / (1 + samples)
+    p = (1 + int((far - far.mean() >= abs(d) - rounding).sum())) / (1 + samples)
     wins = (2 * int((drawn > 0).sum()) + int((drawn == 0).sum())) / (2 * samples)
     return {"difference": d, "low": low, "high": high, "wins": wins, "p": p}
 
@@ -85,12 +89,13 @@ def approximate_randomization(a, b, metric=None, trials: int = 10_000, seed: int
     True
     """
     a, b = _two(a, b, metric)
-    _count(trials, "trials")
+    whole(trials, "trials")
     if metric is None:
         d = a[0] - b[0]
         real = abs(float(d.sum())) - len(d) * 2.0**-50 * float(np.abs(d).sum())  # what rounding may take
     else:
-        real = abs(_once(metric, a) - _once(metric, b))
+        scores = _once(metric, a), _once(metric, b)
+        real = abs(scores[0] - scores[1]) - ROUNDING * max(map(abs, scores))
     as_far = 0
     for swaps in _swaps(trials, len(a[0]), seed):
         if metric is None:
@@ -117,8 +122,8 @@ class Comparison:
 def compare(
     a,
     b,
-    names: tuple[str, str] = ("a", "b"),
     metric=None,
+    names: tuple[str, str] = ("a", "b"),
     higher_is_better: bool = True,
     samples: int = 1000,
     seed: int = 0,
@@ -180,21 +185,18 @@ def _two(a, b, metric) -> tuple[list, list]:
     return a, b
 
 
-def _count(number, name: str) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-        raise ValueError(f"{name} is {number!r}; give a whole number of at least 1")
-
-
 def _once(metric, columns: list) -> float:
     if metric is None:
         return exact.mean(exact.total(columns[0]), len(columns[0]))
     score = metric(*columns)
-    if not isinstance(score, (int, float, np.number)) or not np.isfinite(score):
+    if np.ndim(score) == 0 and hasattr(score, "__float__"):  # BLEU's result has it, too
+        score = float(score)
+    if not isinstance(score, float) or not np.isfinite(score):
         raise ValueError(
             f"the metric gives {score!r:.60} on a sample of {len(columns[0])} rows; give a function that "
             "returns one finite number, and rows that it is defined on however they are drawn"
         )
-    return float(score)
+    return score
 
 
 def _draws(samples: int, n: int, seed: int):
@@ -216,12 +218,13 @@ def _swaps(trials: int, n: int, seed: int):
 
 def _drawn(systems: list, metric, samples: int, seed: int) -> np.ndarray:
     """The scores of the systems on the same drawn rows; (systems, samples)."""
-    _count(samples, "samples")
+    whole(samples, "samples")
     scores = [[] for _ in systems]
     for draws in _draws(samples, len(systems[0][0]), seed):
         for found, columns in zip(scores, systems, strict=True):
             if metric is None:
-                found += columns[0][draws].mean(axis=1).tolist()
+                first = columns[0][0]  # taken off, so that equal scores have their mean
+                found += (first + (columns[0] - first)[draws].mean(axis=1)).tolist()
             else:
                 found += [_once(metric, [_take(column, draw) for column in columns]) for draw in draws]
     return np.array(scores)

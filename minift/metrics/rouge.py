@@ -17,7 +17,7 @@ from itertools import chain
 import numpy as np
 
 from minift.metrics import exact
-from minift.metrics.checks import text_rows
+from minift.metrics.checks import flag, text_rows
 from minift.metrics.porter import stem
 from minift.metrics.subsequence import lcs_length, lcs_places, places
 from minift.metrics.totals import Rows, Totals
@@ -59,6 +59,7 @@ def rouge_rows(predictions, references, use_stemmer=False, per_row=False, varian
     if isinstance(predictions, (Totals, Rows)):
         return predictions
     variants = _known(variants)
+    flag(use_stemmer, "use_stemmer")
     predictions, references = text_rows(predictions, references, "predictions")
     scores = np.empty((len(predictions), len(variants), 3))
     for row, (prediction, own) in enumerate(zip(predictions, references, strict=True)):

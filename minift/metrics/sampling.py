@@ -4,11 +4,13 @@ Both are means of fractions of integers, added as such and rounded once.
 """
 
 from collections import Counter
+from collections.abc import Hashable
 from math import comb, lcm
 
 import numpy as np
 
-from minift.metrics.checks import same_rows
+from minift.metrics.checks import listed, same_rows, whole
+from minift.metrics.totals import Totals
 
 
 def pass_at_k(n, c, k: int) -> float:
@@ -28,8 +30,8 @@ def pass_at_k(n, c, k: int) -> float:
     >>> pass_at_k(n=10, c=[3, 0], k=1)
     0.15
     """
-    problems = problem_counts(n, c, k)
-    _whole(k, "k", 1)
+    whole(k, "k")
+    (problems,) = problem_counts(n, c, k)
     shares = Counter()
     for (n_i, c_i), count in problems.items():
         if k > n_i:
@@ -38,9 +40,9 @@ def pass_at_k(n, c, k: int) -> float:
     return _mean(shares)
 
 
-def problem_counts(n, c, k: int = 1) -> Counter:
+def problem_counts(n, c, k: int = 1) -> Totals:
     """(samples, right ones) -> problems."""
-    if isinstance(n, Counter):
+    if isinstance(n, Totals):
         return n
     c = _many(c)
     n = _many(n) if np.iterable(n) else [n] * len(c)
@@ -48,13 +50,13 @@ def problem_counts(n, c, k: int = 1) -> Counter:
         raise ValueError("c is empty; give at least one problem")
     same_rows(n, c, ("n", "c"))
     for row, (n_i, c_i) in enumerate(zip(n, c, strict=True)):
-        _whole(n_i, f"n[{row}]", 1)
-        _whole(c_i, f"c[{row}]", 0)
+        whole(n_i, f"n[{row}]", 1)
+        whole(c_i, f"c[{row}]", 0)
         if c_i > n_i:
             raise ValueError(f"c[{row}] is {c_i} of n = {n_i} samples; give 0 <= c <= n")
         if n_i < k:
             raise ValueError(f"k {k} is above n[{row}] = {n_i}; draw more samples or take a smaller k")
-    return Counter(zip(n, c, strict=True))
+    return Totals(Counter(zip(n, c, strict=True)))
 
 
 def maj_at_k(answers, references, k: int | None = None) -> float:
@@ -75,33 +77,39 @@ def maj_at_k(answers, references, k: int | None = None) -> float:
     >>> maj_at_k([["18", "18", "26"], ["3", "4"]], ["18", "4"])
     0.75
     """
-    leaders = leader_counts(answers, references, k)
+    (leaders,) = leader_counts(answers, references, k)
     return _mean(Counter({(min(1, t), max(1, t)): count for t, count in leaders.items()}))
 
 
-def leader_counts(answers, references, k: int | None = None) -> Counter:
+def leader_counts(answers, references, k: int | None = None) -> Totals:
     """Leaders where the reference is one of them, and else 0 -> problems."""
-    if isinstance(answers, Counter):
+    if isinstance(answers, Totals):
         return answers
-    answers, references = list(answers), list(references)
+    answers, references = listed(answers, "answers"), listed(references, "references")
     same_rows(answers, references, ("answers", "references"))
     if not answers:
         raise ValueError("answers is empty; give at least one problem")
     if k is not None:
-        _whole(k, "k", 1)
+        whole(k, "k", 1)
     counts = Counter()
     for row, (given, reference) in enumerate(zip(answers, references, strict=True)):
-        if isinstance(given, str) or not np.iterable(given):
-            raise ValueError(f"answers[{row}] is {given!r}; give for each problem a list of answers")
-        given = _many(given)
+        given = _many(listed(given, f"answers[{row}]"))
         if len(given) < (k or 1):
             raise ValueError(f"answers[{row}] has {len(given)} answers; give at least {k or 1}")
         if reference is None:
             raise ValueError(f"references[{row}] is None; give the right answer")
+        for answer in (*given, reference):
+            if answer is not None and isinstance(answer, str) != isinstance(reference, str):
+                raise ValueError(
+                    f"answers[{row}] has {answer!r} and the reference is {reference!r}, never equal; "
+                    "give both as strings, or both as numbers"
+                )
+            if not isinstance(answer, Hashable):
+                raise ValueError(f"answers[{row}] has {answer!r:.60}; give strings or numbers")
         votes = Counter(answer for answer in given[:k] if answer is not None)
         most = max(votes.values(), default=0)
         counts[sum(v == most for v in votes.values()) if most and votes[reference] == most else 0] += 1
-    return counts
+    return Totals(counts)
 
 
 def _mean(shares: Counter) -> float:
@@ -115,8 +123,3 @@ def _many(values) -> list:
     if isinstance(values, np.ndarray):
         return np.atleast_1d(values).tolist()
     return list(values) if np.iterable(values) else [values]
-
-
-def _whole(value, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}")

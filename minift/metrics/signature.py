@@ -6,6 +6,18 @@ from collections import Counter
 VERSION = sys.modules["minift"].__version__
 
 
+class Result:
+    """What has a score beside other things: float() gives it, and f"{result:.2f}" writes it."""
+
+    score: float
+
+    def __float__(self) -> float:
+        return self.score
+
+    def __format__(self, spec: str) -> str:
+        return format(self.score, spec) if spec else str(self)
+
+
 def signature(references: Counter, **fields) -> str:
     """`references`: how many rows have 1, 2, ... references.
 

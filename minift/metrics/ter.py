@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from minift.metrics import exact
 from minift.metrics.checks import text_rows
 from minift.metrics.shifts import edits
-from minift.metrics.signature import case, signature, yes
+from minift.metrics.signature import Result, case, signature, yes
+from minift.metrics.tokenizers import ENTITIES
 from minift.metrics.totals import Totals
 
-ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 WESTERN = [  # pattern, replacement, in this order
     (re.compile(pattern), new)
     for pattern, new in (
@@ -39,16 +39,13 @@ ASIAN_DROPPED = re.compile(f"[{ASIAN_PUNCTUATION}]")
 
 
 @dataclass(frozen=True)
-class Ter:
+class Ter(Result):
     """A score of 0 upwards, 100 for an edit a word, and how it was computed."""
 
     score: float
     num_edits: int
     ref_length: float
     signature: str
-
-    def __float__(self) -> float:
-        return self.score
 
     def __str__(self) -> str:
         return f"TER = {self.score:.2f}"

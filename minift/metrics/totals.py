@@ -26,5 +26,8 @@ class Rows(tuple):
 def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """One behind the other, where numpy would make strings of numbers that meet strings."""
     if (a.dtype.kind == "U") != (b.dtype.kind == "U"):
-        raise ValueError(f"one batch has labels as {a[0]!r} and another as {b[0]!r}; give labels of one kind")
+        one, other = a[0].item(), b[0].item()
+        raise ValueError(f"one batch has labels as {one!r} and another as {other!r}; give labels of one kind")
+    if {a.dtype.kind, b.dtype.kind} == {"f"} and a.dtype != b.dtype:  # their clipping and ties differ
+        raise ValueError(f"one batch holds {a.dtype} and another {b.dtype}; give one dtype")
     return np.concatenate((a, b))

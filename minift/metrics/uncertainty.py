@@ -27,14 +27,19 @@ def wilson(right: float, rows: int, z: float = Z95) -> tuple[float, float]:
     >>> [round(end, 4) for end in wilson(81, 263)]
     [0.2553, 0.3662]
     """
-    if not 0 <= right <= rows or rows < 1 or not isfinite(rows):
-        raise ValueError(f"{right} of {rows} rows is no share; give 0 <= right <= rows with at least one row")
-    if not 0 < z < float("inf"):
-        raise ValueError(f"z {z!r} must be a number above 0, as 1.96 for 95 %")
-    p, n = right / rows, rows
+    if not 0 <= right <= rows or rows < 1 or not isfinite(rows) or 2 * right % 1:
+        raise ValueError(
+            f"{right} of {rows} rows is no share; give how many of the rows are right, not their share"
+        )
+    if not 0 < z < 40:
+        raise ValueError(f"z {z!r} must be a number from 0 to 40, as 1.96 for 95 %")
+    right, n, z = float(right), float(rows), float(z)
+    p = right / n
     middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return (0.0 if right == 0 else low), (1.0 if right == rows else high)  # exactly, not but for rounding
+    return (0.0 if right == 0 else low), (
+        1.0 if right == n else high
+    )  # exact ends, where rounding would leave 1e-17
 
 
 def paired_difference(a, b, z: float = Z95) -> tuple[float, float, float]:

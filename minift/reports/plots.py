@@ -6,6 +6,7 @@ Those of a run are written to a path and are left out without matplotlib; those 
 import numpy as np
 
 from minift.metrics.calibration import reliability_curve
+from minift.metrics.columns import positives
 from minift.metrics.confusion import confusion, confusion_matrix
 from minift.metrics.curves import precision_recall_curve, roc_curve
 from minift.metrics.ranking import average_precision, roc_auc
@@ -119,8 +120,10 @@ def _what(node) -> str:
 
 def plot_confusion_matrix(y_true, y_pred, labels=None):
     """Shares of each true label's rows, with the counts written in; a matplotlib figure."""
-    names = confusion(y_true, y_pred).labels.tolist() if labels is None else list(labels)
-    counts = confusion_matrix(y_true, y_pred, labels)
+    counted = confusion(y_true, y_pred)
+    names = counted.labels.tolist() if labels is None else list(labels)
+    names = [str(name).replace("$", r"\$") for name in names]  # which would start a formula
+    counts = confusion_matrix(counted, None, labels)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (true, predicted)
     figure = _needed(1.4)
     side = min(20, max(5, 0.55 * len(names) + 2))
@@ -138,22 +141,23 @@ def plot_confusion_matrix(y_true, y_pred, labels=None):
     return figure
 
 
-def plot_roc(y_true, y_score, pos_label=1):
+def plot_roc(y_true, y_score, pos_label=None):
     """The ROC curve with its area, beside that of a guess; a matplotlib figure."""
-    fpr, tpr, _ = roc_curve(y_true, y_score, pos_label=pos_label)
+    positive = positives(np.asarray(y_true), pos_label)
+    fpr, tpr, _ = roc_curve(positive, y_score)
     figure, axes = _square("ROC curve", "false positive rate", "true positive rate")
-    area = roc_auc(np.asarray(y_true) == pos_label, y_score)
+    area = roc_auc(positive, y_score)
     axes.plot(fpr, tpr, color="tab:blue", linewidth=2, label=f"area {area:.3f}")
     axes.plot((0, 1), (0, 1), color="0.6", linestyle="--", label="a guess")
     axes.legend(loc="lower right")
     return figure
 
 
-def plot_precision_recall(y_true, y_score, pos_label=1):
+def plot_precision_recall(y_true, y_score, pos_label=None):
     """Precision over recall with its average, beside that of a guess; a matplotlib figure."""
-    precision, recall, _ = precision_recall_curve(y_true, y_score, pos_label=pos_label)
+    positive = positives(np.asarray(y_true), pos_label)
+    precision, recall, _ = precision_recall_curve(positive, y_score)
     figure, axes = _square("precision and recall", "recall", "precision")
-    positive = np.asarray(y_true) == pos_label
     mean = average_precision(positive, y_score)
     # A threshold between two scores reaches no point between theirs: steps, not slopes.
     axes.step(recall, precision, where="post", color="tab:blue", linewidth=2, label=f"average {mean:.3f}")
@@ -162,12 +166,12 @@ def plot_precision_recall(y_true, y_score, pos_label=1):
     return figure
 
 
-def plot_reliability(y_true, y_prob, bins: int = 10):
+def plot_reliability(y_true, y_prob, bins: int = 10, pos_label=None, labels=None):
     """The share of rows that came true at each probability, above how many rows there are; a figure.
 
     A vector of probabilities is of the positive class, of a matrix (rows, classes) the largest of each row.
     """
-    confidence, right, rows = reliability_curve(y_true, y_prob, bins)
+    confidence, right, rows = reliability_curve(y_true, y_prob, bins, pos_label, labels)
     filled = rows > 0
     figure = _needed(1.4)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -256,3 +257,8 @@ def test_raters_of_one_label_are_undefined_and_say_so():
 def test_what_is_no_agreement_is_refused(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_missing_ratings_that_numpy_made_strings_are_refused():
+    with pytest.raises(ValueError, match="numpy made strings of missing ratings"):
+        krippendorff_alpha(np.array([["a", np.nan, "b"], ["a", "b", "b"]]))

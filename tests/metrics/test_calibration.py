@@ -102,9 +102,9 @@ def test_what_is_calibrated_scores_zero():
 @pytest.mark.parametrize(
     "call, sentence",
     [
-        (lambda f: f([0, 1], [0.5, 0.5], 0), "bins 0 must be a whole number from 1"),
-        (lambda f: f([0, 1], [0.5, 0.5], 2.5), "bins 2.5 must be a whole number from 1"),
-        (lambda f: f([0, 1], [0.5, 0.5], True), "bins True must be a whole number from 1"),
+        (lambda f: f([0, 1], [0.5, 0.5], 0), "bins is 0; give a whole number of at least 1"),
+        (lambda f: f([0, 1], [0.5, 0.5], 2.5), "bins is 2.5; give a whole number of at least 1"),
+        (lambda f: f([0, 1], [0.5, 0.5], True), "bins is True; give a whole number of at least 1"),
         (lambda f: f([0, 1], [0.5]), "y_true has 2 rows and y_prob 1"),
         (lambda f: f([0, 1], [0.5, -0.1]), r"y_prob\[1\] is -0.1; give probabilities"),
         (lambda f: f([0, 1], [[0.5, 0.5], [0.5, 0.6]]), r"y_prob\[1\] sums to 1.1"),

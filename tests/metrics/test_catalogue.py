@@ -3,6 +3,7 @@
 import doctest
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_the_example_gives_what_it_shows(metric):
     assert found.attempted and not found.failed
 
 
+def test_the_examples_of_the_readme_give_what_their_comments_say():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = text[text.index("from minift.metrics import ") :].partition("```")[0]
+    names, promised = {}, 0
+    for line in filter(None, code.splitlines()):
+        statement, _, comment = line.partition("  # ")
+        if line.startswith(("from", "state =")):
+            exec(statement, names)
+            continue
+        found = eval(
+            statement.removeprefix("print(").removesuffix(")") if "print(" in line else statement, names
+        )
+        if comment:
+            promised += 1
+            said = comment.partition("...")[0].partition(", that of")[0].partition(": precision")[0]
+            assert str(found).startswith(said), (statement, found)
+    assert promised == 5
+
+
 def test_every_public_name_is_a_metric_or_known():
     others = {"FAMILIES", "MetricWarning", "State", "final_number"}
     assert set(minift.metrics.__all__) == set(METRICS) | others
@@ -45,7 +65,11 @@ def test_the_list_names_every_metric_and_an_explanation_is_the_docstring(capsys)
     assert all(f"  {name} " in listing() for name in METRICS)
     assert main(["metrics", "explain", "accuracy"]) == 0
     out = capsys.readouterr().out
-    assert out == explain("accuracy") + "\n" and out.startswith("accuracy(y_true, y_pred) -> float\n\n")
+    assert (
+        out == explain("accuracy") + "\n"
+        and "Its file:" in out
+        and out.startswith("accuracy(y_true, y_pred) -> float\n\n")
+    )
     assert "accuracy = rows with y_pred = y_true / rows" in out and "1 % positives" in out
 
 

@@ -150,12 +150,16 @@ def test_degenerate_cases_warn():
         (lambda: accuracy([0, 1], [0, np.nan]), r"y_pred\[1\] is nan, which is no label"),
         (lambda: accuracy([0, np.inf], [0, 1]), r"y_true\[1\] is inf, which is no label"),
         (lambda: accuracy([None, 1], [0, 1]), "y_true holds object"),
+        (lambda: accuracy([2**53 + 1, 1.0], [2**53, 1.0]), r"y_true\[0\] is 9007199254740992.0, which is no"),
+        (lambda: accuracy(np.array([2**60]), np.array([1.0])), "y_true has integers beyond 2\\^53"),
+        (lambda: accuracy(np.array([2**63], np.uint64), [1]), "y_true has a label of 9223372036854775808"),
+        (lambda: accuracy(np.ma.array([1, 0], mask=[0, 1]), [1, 1]), "y_true is a masked array"),
         (lambda: accuracy(3, 3), r"y_true has shape \(\)"),
         (lambda: confusion_matrix([0], [0], labels=[0, 0]), "different from each other"),
         (lambda: confusion_matrix([0], [0], labels=[3]), r"none of labels \[3\] is in y_true"),
         (lambda: confusion_matrix([0], [0], normalize="rows"), "normalize 'rows' is not one of None, 'true'"),
-        (lambda: confusion_matrix([[1]], [[1]]), "this score is of rows with one label"),
-        (lambda: matthews_corrcoef([[1]], [[1]]), "this score is of rows with one label"),
+        (lambda: confusion_matrix([[1, 0]], [[1, 0]]), "this score is of rows with one label"),
+        (lambda: matthews_corrcoef([[1, 0]], [[1, 0]]), "this score is of rows with one label"),
     ],
 )
 def test_what_makes_no_score_is_refused(call, sentence):

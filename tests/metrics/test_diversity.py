@@ -91,7 +91,7 @@ def test_distinct_n_is_that_of_its_definition_and_over_batches_the_same(texts, n
     for text in texts:
         state.update([text])
     assert state.compute() == distinct_n(texts, n)
-    assert state.statistics == Counter(grams)
+    assert state.statistics == (Counter(grams),)
 
 
 @given(texts)
@@ -111,8 +111,8 @@ def test_texts_without_n_words_score_zero_with_a_warning():
         (lambda: distinct_n("a b"), "texts is one string, 'a b'; give a list"),
         (lambda: distinct_n([]), "texts is empty; give at least one text"),
         (lambda: distinct_n(["a b", 3]), r"texts\[1\] is 3; give a string"),
-        (lambda: distinct_n(["a b"], n=0), "n 0 must be a whole number of at least 1"),
-        (lambda: distinct_n(["a b"], n=2.0), "n 2.0 must be a whole number of at least 1"),
+        (lambda: distinct_n(["a b"], n=0), "n is 0; give a whole number of at least 1"),
+        (lambda: distinct_n(["a b"], n=2.0), "n is 2.0; give a whole number of at least 1"),
         (lambda: self_bleu(["a b"]), "one text has nothing to compare it with; give at least two texts"),
         (lambda: self_bleu("a b"), "texts is one string, 'a b'; give a list"),
         (lambda: self_bleu(["a", "b"], tokenize="zh"), "tokenize 'zh' is not one of '13a'"),

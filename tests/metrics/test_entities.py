@@ -128,7 +128,7 @@ def spell(scheme, lengths) -> tuple[list[str], set]:
         else:
             found.add((kind, at, length))
             letters = ["I"] * length
-            if scheme in (None, "IOB2", "IOBES", "BILOU") or (scheme == "IOB1" and before == kind):
+            if scheme in (None, "IOB2", "BIO", "IOBES", "BILOU") or (scheme == "IOB1" and before == kind):
                 letters[0] = "B"
             if scheme in ("IOE2", "IOBES", "BILOU"):
                 letters[-1] = "L" if scheme == "BILOU" else "E"
@@ -221,7 +221,7 @@ def test_rows_without_any_entity():
             {"scheme": "IOB2"},
             "is no tag of IOB2; give O, or one of B, I and a type, as B-PER",
         ),
-        ([["O"]], [["O"]], {"scheme": "BIO"}, "scheme 'BIO' is not one of None, 'IOB1', 'IOB2'"),
+        ([["O"]], [["O"]], {"scheme": "IO"}, "scheme 'IO' is not one of None, 'IOB1', 'IOB2'"),
         ([["O"]], [["O"]], {"average": "binary"}, "average 'binary' is not one of 'micro'"),
         ([["O"]], [["O"]], {"zero_division": 2}, "zero_division 2 is not 0, 1 or nan"),
         (["O", "B-A"], ["O", "B-A"], {}, r"y_true\[0\] is 'O'; give a list of tags for each sentence"),

@@ -33,6 +33,9 @@ BY_HAND = [
     ("", None, None),
     ("A: \u0663", None, None),  # a digit, but of another script
     ("DNA: 4", None, "4"),
+    ("A: 12.\nGroup a: 7", "12", "7"),
+    *((f"A: {whole}", None, None) for whole in ("1e5", "10^6", "1,2345", "1.000.000", "1_000", "1/2.5")),
+    ("A: 18kg", "18", "18"),
 ]
 
 
@@ -59,7 +62,9 @@ MUTANTS = [
     (check, 'r"####|\\bA:', 'r"####|A:'),
     (check, "[-\\u2212])?[$", "[-])?[$"),
     (check, '(?<![\\w.,])[-\\u2212])?"  #', '[-\\u2212])?"  #'),
-    (check, ", re.IGNORECASE", ""),
+    (check, "(?i:answer(?: is|:))", "(?:answer(?: is|:))"),
+    (check, "[eE][-+]?[0-9]|", ""),
+    (check, "(?<![0-9])(?<![0-9][eE^_.,/])", ""),
 ]
 
 

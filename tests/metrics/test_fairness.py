@@ -164,7 +164,6 @@ def test_a_label_of_another_kind_is_refused(metric):
 )
 def test_what_has_no_groups_is_refused(metric):
     for three, sentence in (
-        (([0, 1], [0, 1]), "groups is missing; give the group of each row"),
         (([0, 1], [0, 1], ["a"]), "y_true has 2 rows and groups 1"),
         (([0, 1], [0], ["a", "b"]), "y_true has 2 rows and y_pred 1"),
         (([], [], []), "y_true is empty"),

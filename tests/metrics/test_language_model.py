@@ -90,7 +90,7 @@ def test_batches_weigh_what_they_have_tokens_in_any_order(rows, order):
         for i in order:
             if i < len(rows):
                 state.update(*rows[i])
-        assert state.compute() == metric(nats, counts) == metric(nll(nats, counts))
+        assert state.compute() == metric(nats, counts) == metric(nll(nats, counts), None)
 
 
 def test_the_mean_of_batches_means_is_another_number():
@@ -119,9 +119,9 @@ def test_nats_that_are_not_a_number_stay_so():
     [
         (lambda: perplexity(0.0, 0), "a mean over 0 tokens is undefined; count at least one"),
         (lambda: bits_per_byte([], []), "a mean over 0 bytes is undefined"),
-        (lambda: perplexity(1.0, -1), "count is -1; give whole numbers of at least 0"),
+        (lambda: perplexity(1.0, -1), "count is -1; give integers of at least 0"),
         (lambda: perplexity(1.0, 2.5), "count is 2.5"),
-        (lambda: perplexity(1.0), "count is None"),
+        (lambda: perplexity(1.0, None), "count is None"),
         (lambda: perplexity("1", 1), "total is '1'; give one sum, or a list"),
         (lambda: perplexity([[1.0]], [[1]]), "give one sum, or a list"),
         (lambda: perplexity([1.0, 2.0], [1]), "the list of totals has 2 rows and that of counts 1"),

@@ -141,7 +141,7 @@ def test_a_majority_is_what_picking_among_the_leaders_gives(answers, data):
         (lambda: pass_at_k(5, [], 1), "c is empty"),
         (lambda: maj_at_k([["1"]], ["1"], k=2), r"answers\[0\] has 1 answers; give at least 2"),
         (lambda: maj_at_k([[]], ["1"]), r"answers\[0\] has 0 answers"),
-        (lambda: maj_at_k(["12"], ["1"]), r"answers\[0\] is '12'; give for each problem a list"),
+        (lambda: maj_at_k(["12"], ["1"]), r"answers\[0\] is '12'; give a list"),
         (lambda: maj_at_k([["1"]], [None]), r"references\[0\] is None"),
         (lambda: maj_at_k([["1"]], ["1", "2"]), "answers has 1 rows and references 2"),
         (lambda: maj_at_k([], []), "answers is empty"),

@@ -83,13 +83,14 @@ def test_ratings_and_wins_by_hand():
 
 MUTANTS = [
     (check_strengths, "met, won = wins + wins.T, wins.sum(axis=1)", "met, won = wins, wins.sum(axis=1)"),
-    (check_strengths, "        p /= p.sum()\n", ""),
+    (check_strengths, "return p / p.sum()", "return p"),
+    (check_strengths, "weight + 1, won", "weight + 1, 1.01 * won"),
     (check_strengths, "400 * (log10(p_i) - middle)", "400 * log10(p_i)"),
     (check_strengths, "400 * (log10(p_i)", "173 * (log10(p_i)"),
     (check_strengths, "= count / 2", "= count // 2"),
-    (check_strengths, "2 * float(wins[i, j])", "2 * float(wins[j, i])"),
-    (check_strengths, "DUE = 1e-12", "DUE = 1e-2"),
-    (check_strengths, "halves[b, a] += 2 * lost + tied", "halves[b, a] += 2 * lost"),
+    (check_strengths, "int(2 * wins[i, j])", "int(2 * wins[j, i])"),
+    (check_strengths, "SETTLED = 1e-9", "SETTLED = 3"),
+    (check_strengths, "(b, a): 2 * lost + tied", "(b, a): 2 * lost"),
     (check_strengths, 'key=lambda item: -item[1]["strength"]', 'key=lambda item: item[1]["strength"]'),
     (check_ratings, "ordered[(n - 1) // 2]", "ordered[n // 2]"),
     (check_ratings, "a if a == b else (a + b) / 2", "b"),
@@ -193,14 +194,14 @@ def test_batches_of_duels_add(rows):
         (lambda: aggregate_ratings([[1, 2], [3, 6]]), r"ratings\[1\]\[1\] is 6; give a number from 1 to 5"),
         (lambda: aggregate_ratings([[math.nan]]), r"ratings\[0\]\[0\] is nan"),
         (lambda: aggregate_ratings([["good"]]), r"ratings\[0\]\[0\] is 'good'"),
-        (lambda: aggregate_ratings([3, 4]), r"ratings\[0\] is 3; give for each item a list"),
+        (lambda: aggregate_ratings([3, 4]), r"ratings\[0\] is 3; give a list"),
         (lambda: aggregate_ratings([[1], [None]]), r"ratings\[1\] has no rating"),
         (lambda: aggregate_ratings([]), "ratings is empty"),
         (lambda: aggregate_ratings([[1]], scale=(5, 1)), "lowest below the highest"),
         (lambda: win_rate([]), "outcomes is empty"),
         (lambda: win_rate(["win", "draw"]), r"outcomes\[1\] 'draw' is not one of 'win', 'tie', 'loss'"),
         (lambda: win_rate([1, 0.3]), r"outcomes\[1\] is 0.3; give 'win'"),
-        (lambda: win_rate("win"), "outcomes is one string"),
+        (lambda: win_rate("win"), "outcomes is 'win'; give a list"),
         (lambda: bradley_terry([]), "comparisons is empty"),
         (lambda: bradley_terry([("a", "b")]), r"comparisons\[0\] is \('a', 'b'\)"),
         (lambda: bradley_terry([("a", "a", "win")]), "two different names"),
@@ -214,3 +215,32 @@ def test_batches_of_duels_add(rows):
 def test_what_is_no_preference_is_refused(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("n", [10, 1000, 10**5])
+def test_strengths_that_hang_on_few_comparisons_are_exact(n):
+    """a and b, and c and d, met often and evenly; a beat c in 3 of 4: p_a / p_c is 3."""
+    wins = [[0, n, 3, 0], [n, 0, 0, 0], [1, 0, 0, n], [0, 0, n, 0]]
+    found = bradley_terry(wins, list("abcd"))
+    assert found["a"]["strength"] / found["c"]["strength"] == pytest.approx(3, rel=1e-11)
+
+
+def test_a_long_chain_of_players_settles():
+    n = 200
+    wins = np.diag(np.full(n - 1, 3.0), 1) + np.diag(np.ones(n - 1), -1)
+    found = bradley_terry(wins, [f"{i:03}" for i in range(n)])
+    elo = [found[f"{i:03}"]["elo"] for i in range(n)]
+    assert np.diff(elo) == pytest.approx(np.full(n - 1, -400 * math.log10(3)), rel=1e-9)
+
+
+def test_a_player_without_results_is_not_forgotten_by_batches():
+    m = [[0, 3, 0], [1, 0, 0], [0, 0, 0]]
+    state = State(bradley_terry, names=["a", "b", "c"]).update(m).update(m)
+    with pytest.raises(ValueError, match="against any of c, so their strengths"):
+        state.compute()
+
+
+@pytest.mark.parametrize("call", [win_rate, bradley_terry, aggregate_ratings])
+def test_counts_in_a_mapping_are_not_read_by_their_keys(call):
+    with pytest.raises(ValueError, match="give a list with an entry for each row"):
+        call({"win": 30, "loss": 2})

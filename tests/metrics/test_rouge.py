@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutants import survives
 
-from minift.metrics import subsequence
+from minift.metrics import MetricWarning, subsequence
 from minift.metrics.rouge import VARIANTS, rouge, rouge_rows
 from minift.metrics.subsequence import lcs_length, lcs_places, places
 from minift.metrics.totals import Totals
@@ -268,3 +268,12 @@ def test_summaries_score_as_rouge_score_scored_them(shared_data, column, use_ste
     for variant in VARIANTS:  # written with ten digits
         expected = [row[column][variant] for row in rows]
         np.testing.assert_allclose(scores[variant], expected, rtol=0, atol=0.51e-10)
+
+
+def test_references_that_may_be_streams_warn_and_a_list_is_no_flag():
+    with pytest.warns(
+        MetricWarning, match="each of 2 rows has 2 references; if these are"
+    ):
+        rouge(["a", "b"], [["a", "b"], ["b", "a"]])
+    with pytest.raises(ValueError, match=r"use_stemmer is \['rouge1'\]; give True or False"):
+        rouge(["a"], ["b"], ["rouge1"])

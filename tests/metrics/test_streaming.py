@@ -1,5 +1,6 @@
 """Every metric of STREAMS over batches is the metric of all rows, to the bit, in any split and any order."""
 
+import pickle
 import warnings
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from minift.metrics import streaming
+from minift.metrics import MetricWarning
 from minift.metrics.catalogue import METRICS
 from minift.metrics.streaming import STREAMS, State
 
@@ -39,9 +40,14 @@ LABELS, SCORES, NUMBERS, TEXTS = (
     st.tuples(text, text),
 )
 CASES = {
-    ("confusion_matrix", "accuracy", "balanced_accuracy", "matthews_corrcoef", "hamming_loss"): [
-        (LABELS, {})
-    ],
+    (
+        "confusion_matrix",
+        "accuracy",
+        "balanced_accuracy",
+        "matthews_corrcoef",
+        "hamming_loss",
+        "classification_report",
+    ): [(LABELS, {})],
     ("precision", "recall", "specificity", "f1", "jaccard"): [
         (LABELS, {"average": average}) for average in ("macro", "micro", "weighted", None)
     ],
@@ -144,8 +150,12 @@ def test_batches_in_any_order_give_the_score_of_all_rows(metric, row, options, d
 
 
 def test_a_state_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="has no statistics that add; those that have: .*accuracy"):
-        State(streaming.inspect.signature)
+    with pytest.raises(
+        ValueError, match=r"wilson has no statistics that add, as .* have \(STREAMS has all\)"
+    ):
+        State(METRICS["wilson"])
+    with pytest.raises(ValueError, match="'f1' is no metric; give the function, as minift.metrics.f1"):
+        State("f1")
     with pytest.raises(TypeError, match="averages"):
         State(METRICS["f1"], averages="macro")
     with pytest.raises(ValueError, match="the state of f1 has seen no rows"):
@@ -154,9 +164,45 @@ def test_a_state_that_cannot_be_is_refused():
         State(METRICS["f1"]).merge(State(METRICS["f1"], average="micro"))
 
 
+def test_settings_that_are_arrays_merge_where_they_are_equal():
+    one, other = (State(METRICS["f1"], labels=np.array([0, 1])).update([0, 1], [0, 0]) for _ in range(2))
+    assert one.merge(pickle.loads(pickle.dumps(other))).compute() == METRICS["f1"]([0, 1], [0, 0])
+
+
+def test_a_warning_stands_at_the_line_of_the_caller():
+    for metric, rows in (("precision", ([1, 1], [0, 0])), ("roc_auc", ([1, 1], [0.2, 0.3]))):
+        with pytest.warns(MetricWarning) as seen:
+            METRICS[metric](*rows)
+        assert [w.filename for w in seen] == [__file__]
+
+
 @pytest.mark.parametrize("metric", ["f1", "roc_curve"])
 def test_batches_of_other_kinds_of_labels_do_not_add(metric):
     scores = {"f1": ([0, 1], ["a", "b"]), "roc_curve": ([0.1, 0.2], [0.1, 0.2])}[metric]
     state = State(METRICS[metric]).update([0, 1], scores[0])
     with pytest.raises(ValueError, match="one batch has labels as .*0.* and another as .*'a'"):
         state.update(["a", "b"], scores[1])
+
+
+def test_the_caller_may_fill_its_arrays_anew():
+    y, score, labels = np.array([0, 1]), np.array([0.1, 0.9]), [0, 1]
+    state, matrix = State(METRICS["roc_auc"]), State(METRICS["confusion_matrix"], labels=labels)
+    state.update(y, score)
+    matrix.update(y, y)
+    score[:], y[:] = -score, 1
+    labels.append(2)
+    assert state.compute() == 1 and matrix.compute().tolist() == [[1, 0], [0, 1]]
+
+
+def test_settings_do_not_come_with_the_rows():
+    with pytest.raises(ValueError, match="brier takes 2 arguments for rows, not 3; settings go to State"):
+        State(METRICS["brier"]).update([0, 1], [0.2, 0.3], 0)
+    state = State(METRICS["f1"]).update([0, 1], [0, 1])
+    with pytest.raises(ValueError, match="this batch does not add to those before it"):
+        state.update([[0, 1]], [[0, 1]])
+    assert state.compute() == 1
+
+
+def test_nan_among_the_settings_merges():
+    one, other = (State(METRICS["f1"], zero_division=float("nan")).update([0, 1], [0, 1]) for _ in range(2))
+    assert one.merge(pickle.loads(pickle.dumps(other))).compute() == 1

@@ -68,7 +68,7 @@ MUTANTS = [
     (check_wilson, "z * z / (4 * n * n)", "z * z / (4 * n)"),
     (check_wilson, "(middle - half) / (1 + z * z / n)", "(middle - half)"),
     (check_wilson, "0.0 if right == 0 else low", "low + 1e-17"),
-    (check_wilson, "1.0 if right == rows else high", "high - 2**-53"),
+    (check_wilson, "1.0 if right == n else high", "high - 2**-53"),
     (check_wilson, "Z95 = 1.959963984540054", "Z95 = 1.6448536269514722"),
     (check_paired, "d = a - b", "d = b - a"),
     (check_paired, "n * squares - (", "n * squares + ("),
@@ -143,9 +143,10 @@ def test_no_discordant_row_warns_once_where_the_statistic_is_undefined():
     [
         (lambda: wilson(3, 2), "3 of 2 rows is no share"),
         (lambda: wilson(-1, 2), "-1 of 2 rows"),
-        (lambda: wilson(0, 0), "at least one row"),
+        (lambda: wilson(0, 0), "0 of 0 rows is no share"),
+        (lambda: wilson(0.81, 263), "give how many of the rows are right, not their share"),
         (lambda: wilson(math.nan, 2), "nan of 2 rows"),
-        (lambda: wilson(1, 2, z=-1), "z -1 must be a number above 0"),
+        (lambda: wilson(1, 2, z=-1), "z -1 must be a number from 0 to 40"),
         (lambda: paired_difference([1, 0], [1]), "a has 2 rows and b 1"),
         (lambda: paired_difference([1, math.nan], [1, 1]), r"a\[1\] is nan"),
         (lambda: paired_difference([], []), "a is empty"),
@@ -158,3 +159,8 @@ def test_no_discordant_row_warns_once_where_the_statistic_is_undefined():
 def test_what_makes_no_interval_is_refused(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.float32])
+def test_wilson_computes_in_doubles_whatever_it_is_given(kind):
+    assert wilson(kind(81000), kind(100000)) == wilson(81000, 100000)

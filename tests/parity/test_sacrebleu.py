@@ -151,7 +151,7 @@ def logged(call) -> int:
 @pytest.mark.parametrize(
     "ours, theirs",
     [
-        (lambda: sentence_bleu("a", "a"), lambda: BLEU().sentence_score("a", ["a"])),
+        (lambda: sentence_bleu("a", "a", effective_order=False), lambda: BLEU().sentence_score("a", ["a"])),
         (
             lambda: sentence_bleu("a", "a", effective_order=True),
             lambda: BLEU(effective_order=True).sentence_score("a", ["a"]),

@@ -146,4 +146,4 @@ def test_many_rows(dtype, share):
     check("average_precision", "average_precision_score", y, s)
     for curve in ("roc_curve", "precision_recall_curve"):
         for drop in (False, True):
-            check(curve, curve, y, s, pos_label=1, drop_intermediate=drop)
+            check(curve, curve, y, s, drop_intermediate=drop)
