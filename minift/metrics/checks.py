@@ -1,5 +1,6 @@
 """What every metric asks of its input; a failure is a ValueError that names value, row and the fix."""
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Set
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = str(Path(__file__).parents[1])
+HERE = str(Path(__file__).parents[1]) + os.sep
 WHOLE = 1 << 53  # doubles count without gaps up to here
 
 
