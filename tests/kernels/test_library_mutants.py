@@ -77,7 +77,11 @@ def build(folder: Path, *flags) -> Path:
     return folder / "kernels.so"
 
 
-@pytest.mark.parametrize("file, old, new", MUTANTS, ids=range(len(MUTANTS)))
+# Each is compiled, seconds of work: one in four in the default run, the others among the slow tests.
+@pytest.mark.parametrize(
+    "file, old, new",
+    [pytest.param(*m, marks=[pytest.mark.slow] * (i % 4 > 0), id=str(i)) for i, m in enumerate(MUTANTS)],
+)
 def test_mutants_die(file, old, new, tmp_path, monkeypatch):
     if file in ("bf16.h", "amx.h", "linear_amx.h") and len(LEVELS) < 5:
         pytest.skip("this processor has no AVX-512 BF16 or no AMX")
