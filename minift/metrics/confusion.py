@@ -17,7 +17,7 @@ from minift.metrics.multilabel import LabelCounts, label_counts
 from minift.metrics.totals import joined
 
 SPAN = 1 << 10  # labels that are integers this near to each other are counted in a dense matrix
-BLOCK = 1 << 14  # rows counted at a time, which bounds memory
+BLOCK = 1 << 13  # rows counted at a time, which bounds memory
 
 
 @dataclass(frozen=True)
