@@ -1,5 +1,6 @@
 """minift.kernels.decode_attention within an a-priori bound at every instruction set; what falls back."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -50,7 +51,7 @@ def rotated(x, cos, sin):
     return a + b, gamma(3) * (a.abs() + b.abs())
 
 
-def check_call(op, case, dtype):
+def check_call(op, case, dtype, fence=guarded):
     """One call is within the bound, of the numbers that it stored.
 
     Scores: errors of q, hd products in fp32 and the scale; exp and the sum of S of them (8 roundings and
@@ -59,7 +60,7 @@ def check_call(op, case, dtype):
     args = draw(case, dtype)
     B, H, KV, hd, _, length, *_ = case
     q, k, _, keys, values, _, cos, sin, mask = map(wide, args)
-    with guarded():
+    with fence():
         got = op(*args)
     stored, new = args[3].double(), rotated(k.view(B, KV, 1, hd), cos, sin)
     assert_within(stored[:, :, length : length + 1], new[0], new[1] + rounding(new[0].abs() + new[1], dtype))
@@ -117,10 +118,8 @@ def test_threads_and_the_other_texts_do_not_change_a_bit():
 @pytest.mark.parametrize("backend", ["torch", pytest.param("c", marks=needs_c)])
 def test_the_launcher_equals_the_reference(backend):
     for case in CASES[:4]:
-        expected = decode_attention_ref(*map(wide, draw(case, torch.float32)))
         with runtime.using(backend), torch.no_grad():
-            got = decode_attention(*draw(case, torch.float32))
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)  # the bound is above
+            check_call(decode_attention, case, torch.float32, nullcontext)  # torch allocates as it likes
 
 
 def gaps(x):
@@ -159,7 +158,8 @@ def check_launcher(module):
             args = change(args)
             expected = decode_attention_ref(*[wide(x) for x in args])
             got = module.decode_attention(*args)
-            assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-5)
+            # Scores of 32 products, 6 exps and 6 products: some 45 roundings of 2^-24 of numbers up to 4.
+            assert (got.double() - expected).abs().max() <= 45 * 2.0**-24 * 4
         args = list(draw(CASES[1], torch.float32))
         args[3:5] = args[3].bfloat16(), args[4].bfloat16()
         with pytest.raises(RuntimeError, match="same dtype"):

@@ -271,9 +271,7 @@ def test_summaries_score_as_rouge_score_scored_them(shared_data, column, use_ste
 
 
 def test_references_that_may_be_streams_warn_and_a_list_is_no_flag():
-    with pytest.warns(
-        MetricWarning, match="each of 2 rows has 2 references; if these are"
-    ):
+    with pytest.warns(MetricWarning, match="each of 2 rows has 2 references; if these are"):
         rouge(["a", "b"], [["a", "b"], ["b", "a"]])
     with pytest.raises(ValueError, match=r"use_stemmer is \['rouge1'\]; give True or False"):
         rouge(["a"], ["b"], ["rouge1"])

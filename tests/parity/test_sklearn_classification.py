@@ -70,7 +70,7 @@ def same(ours, theirs, silent=False):
     if isinstance(b, str) or isinstance(a, str):
         assert a == b
     else:
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)  # of 1; a few roundings of 2^-53 a label
     assert warned == expected or silent
 
 

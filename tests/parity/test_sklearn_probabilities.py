@@ -44,7 +44,7 @@ def outcome(call, *arguments, **settings):
 def same(value, expected, largest: float = 1.0) -> None:
     assert (value is None) == (expected is None)
     if expected is not None:
-        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * largest)
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * largest)  # rounded once a row
 
 
 @st.composite
