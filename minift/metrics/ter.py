@@ -19,8 +19,8 @@ from minift.metrics.signature import Result, case, signature, yes
 from minift.metrics.tokenizers import ENTITIES
 from minift.metrics.totals import Totals
 
-WESTERN = [  # pattern, replacement, in this order
-    (re.compile(pattern), new)
+WESTERN = [  # pattern, replacement, in this order; compiled at first use
+    (pattern, new)
     for pattern, new in (
         (r"([!\"#$%&()*+/:;<=>?@\[\\\]^_`{|}~])", r" \1 "),
         (r"'s ", " 's "),
@@ -34,8 +34,8 @@ PUNCTUATION = str.maketrans("", "", '.,?:;!"()')
 ASIAN_PUNCTUATION = "\u3001\u3002\u3008-\u3011\u3014-\u301f\uff61-\uff65\u30fb．，？：；！＂（）"
 # Blocks of characters that stand for words; not hiragana and katakana.
 ASIAN_WORDS = "\u2e80-\u2eff\u31c0-\u31ef\u3200-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f"
-ASIAN = re.compile(f"([{ASIAN_WORDS}{ASIAN_PUNCTUATION}])")
-ASIAN_DROPPED = re.compile(f"[{ASIAN_PUNCTUATION}]")
+ASIAN = f"([{ASIAN_WORDS}{ASIAN_PUNCTUATION}])"
+ASIAN_DROPPED = f"[{ASIAN_PUNCTUATION}]"
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def words(
             text = text.replace(entity, character)
         text = f" {text} "
         for pattern, new in WESTERN:
-            text = pattern.sub(new, text)
+            text = re.sub(pattern, new, text)
         if asian_support:
-            text = ASIAN.sub(r" \1 ", text)
+            text = re.sub(ASIAN, r" \1 ", text)
     if no_punct:
         text = text.translate(PUNCTUATION)
         if asian_support:
-            text = ASIAN_DROPPED.sub("", text)
+            text = re.sub(ASIAN_DROPPED, "", text)
     return text.split()
